@@ -1,0 +1,282 @@
+"""Loads the base language model and its tokenizer, and knows how a model turns hidden states into logits.
+
+Everything that can be wrong with a model is said here, before the first step and in one sentence.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llm_dqn.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Tokens that vocabularies keep free, in the order in which they are taken as padding.
+_RESERVED = (re.compile(r"(?i)pad"), re.compile(r"(?i)reserved|unused|extra_?\d+|placeholder"))
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
+
+
+def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or Hub id, with a padding token; `UserError` where that cannot be had."""
+    check_reachable(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise UserError(explain_loading(path, revision, "tokenizer", error)) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of '{path}' has no end-of-sequence token, so no completion could ever end; "
+            'add "eos_token" to its tokenizer_config.json'
+        )
+    ensure_pad_token(tokenizer, path)
+    return tokenizer
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Gives a tokenizer without padding token a reserved one that no text uses, or else its end-of-sequence token."""
+    if tokenizer.pad_token_id is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    added = [token for token in tokenizer.get_added_vocab() if token not in named]
+    reserved = [token for token in _PAD_NAMES if token in vocabulary]
+    reserved += [token for pattern in _RESERVED for token in added if pattern.search(token)]
+    for candidate in [*reserved, tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0)]:
+        if candidate is not None:
+            tokenizer.pad_token = candidate
+            logger.info("the tokenizer of '%s' has no padding token; '%s' is used", path, candidate)
+            return
+
+
+def load_causal_lm(
+    path: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A decoder-only language model in evaluation mode, all of its weights read from safetensors files."""
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}")
+    check_reachable(path)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise UserError(explain_loading(path, revision, "model", error)) from error
+    _check_causal(path, config)
+    check_safetensors(path)
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except _LOADING_ERRORS as error:
+        raise UserError(explain_loading(path, revision, "model", error)) from error
+    refuse_missing_weights(path, loading["missing_keys"])
+    return model.eval()
+
+
+def _check_causal(path: str, config: PreTrainedConfig) -> None:
+    name = (config.architectures or [type(config).__name__])[0]
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"'{path}' is {name}, a sequence-to-sequence model; llm_dqn needs a decoder-only language model"
+        )
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    speaks = not config.architectures or any(name.endswith(_CAUSAL) for name in config.architectures)
+    if not known or not speaks:
+        raise UserError(
+            f"'{path}' is {name}, which does not predict the next token; llm_dqn needs a decoder-only language model "
+            "(an architecture named ...ForCausalLM or ...LMHeadModel)"
+        )
+
+
+def check_reachable(path: str) -> None:
+    """`UserError` for a local path that does not exist or holds no model; Hub ids pass."""
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or path.endswith("/")
+    if looks_local and not folder.is_dir():
+        raise UserError(f"'{path}' is not a folder; give a local model folder or a Hub id like 'owner/name'")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"'{path}' has no config.json, so it is not a Hugging Face model folder")
+
+
+def check_safetensors(path: str) -> None:
+    """`UserError` for a local folder that holds pickled weights only."""
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(_no_safetensors(path) if any(folder.glob("*.bin")) else f"'{path}' holds no *.safetensors file")
+
+
+def _no_safetensors(path: str) -> str:
+    return (
+        f"'{path}' has pickled weights (.bin) only, which can run code when opened; "
+        "convert them once with model.save_pretrained(folder) and use that folder"
+    )
+
+
+def refuse_missing_weights(path: str, missing: Iterable[str]) -> None:
+    """`UserError` where a model asks for weights that its files do not have and would start at random."""
+    if names := sorted(missing):
+        shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+        raise UserError(f"the files of '{path}' lack {len(names)} weights that would start at random: {shown}")
+
+
+def explain_loading(path: str, revision: str | None, part: str, error: BaseException) -> str:
+    """What went wrong while a model or tokenizer was loaded, in one sentence for people."""
+    text = str(error)
+    where = f"'{path}'" + (f" at revision '{revision}'" if revision else "")
+    if "trust_remote_code" in text:
+        return f"{where} brings its own code; if you trust it, set trust_remote_code: true (and pin model_revision)"
+    if "tokenizer" in part and Path(path).is_dir() and isinstance(error, OSError | ValueError):
+        return f"{where} holds no usable tokenizer ({_first_sentence(text)})"
+    if isinstance(error, OSError) and "safetensors" in text:
+        return _no_safetensors(path)
+    if isinstance(error, OSError) and not Path(path).is_dir():
+        return f"{where} is neither a local folder nor reachable on the Hub ({_first_sentence(text)})"
+    return f"the {part} {where} could not be loaded: {type(error).__name__}: {_first_sentence(text)}"
+
+
+def _first_sentence(text: str) -> str:
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every id that ends a completion: tokenizer, model and generation settings together."""
+    generation = getattr(model, "generation_config", None)
+    named = (
+        tokenizer.eos_token_id,
+        model.config.get_text_config().eos_token_id,
+        getattr(generation, "eos_token_id", None),
+    )
+    ids: set[int] = set()
+    for value in named:
+        ids.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    valid = num_valid_tokens(model, tokenizer)
+    ids = {int(token) for token in ids if 0 <= token < valid}
+    if not ids:
+        raise UserError("neither the tokenizer nor the model names an end-of-sequence token; set eos_token")
+    return ids
+
+
+def num_valid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows of the output layer may be chosen: those that the tokenizer can spell. Rows beyond are padding."""
+    rows = lm_head(model).weight.shape[0]
+    size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)  # ids may have gaps
+    if size > rows:
+        raise UserError(
+            f"the tokenizer has {size} tokens but the model only {rows} rows; the two do not belong together, or call "
+            "model.resize_token_embeddings(len(tokenizer)) and save the model again"
+        )
+    return size
+
+
+def trunk(model: PreTrainedModel) -> nn.Module:
+    """The transformer under the output layer; its `last_hidden_state` is what the output layer reads."""
+    body = model.base_model
+    if body is model:
+        raise UserError(f"{type(model).__name__} has no transformer apart from its output layer")
+    return body
+
+
+def lm_head(model: PreTrainedModel) -> nn.Linear:
+    """The output layer, hidden (..., H) -> (..., rows)."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{type(model).__name__} has no output layer over the vocabulary")
+    return head
+
+
+def head_postprocess(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """What the architecture does to the output of its head before it calls it logits; elementwise and increasing."""
+    config = model.config.get_text_config()
+
+    def number(*names: str, default: float) -> float:
+        for name in names:
+            value = getattr(config, name, None)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+        return default
+
+    # Cohere and Falcon-H1 multiply, Granite and MiniCPM divide, Gemma, RecurrentGemma and xLSTM cap.
+    factor = number("logit_scale", "lm_head_multiplier", default=1.0)
+    divisor = number("logits_scaling", default=1.0)
+    cap = number("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", default=0.0)
+
+    def postprocess(logits: Tensor) -> Tensor:
+        logits = logits if factor == 1.0 else logits * factor
+        logits = logits if divisor == 1.0 else logits / divisor
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return postprocess
+
+
+@torch.no_grad()
+def verify_head_shortcut(model: PreTrainedModel) -> None:
+    """Proves on random tokens that trunk -> head -> postprocess gives the model's own logits, or raises `UserError`.
+
+    Also refuses a model in which a later token changes an earlier prediction, since then no prefix is a state.
+    """
+    rows, name = lm_head(model).weight.shape[0], type(model).__name__
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(rows, (2, 8), generator=generator).to(lm_head(model).weight.device)
+    mask = torch.ones_like(ids)
+    training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+        hidden = trunk(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        ours = head_postprocess(model)(lm_head(model)(hidden))
+        changed = ids.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % rows
+        other = model(input_ids=changed, attention_mask=mask, use_cache=False).logits.float()
+    finally:
+        model.train(training)
+    tolerance = (1e-5 if ours.dtype == torch.float32 else 2e-2) * max(1.0, logits.abs().max().item())
+    difference = (ours - logits).abs().max().item()
+    if not difference <= tolerance:
+        raise UserError(
+            f"{name} computes its logits in a way llm_dqn does not know (max difference {difference:.3g}); "
+            "use another model or open a request naming this class"
+        )
+    if not (other - logits)[:, :-1].abs().max().item() <= 10 * tolerance:
+        raise UserError(f"{name} lets earlier predictions see later tokens; llm_dqn needs a causal language model")
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Gives the output layer its own copy of the weights that it shares with the input embedding.
+
+    Only for adapters on the output layer: merged into shared weights they would change the input as well. The model is
+    loaded tied and untied here, since asking for an untied one while loading starts the head at random.
+    """
+    head = lm_head(model)
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
