@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -84,7 +85,7 @@ def load_causal_lm(
     check_safetensors(path)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             dtype=dtype,
@@ -95,6 +96,7 @@ def load_causal_lm(
         )
     except _LOADING_ERRORS as error:
         raise UserError(explain_loading(path, revision, "model", error)) from error
+    model, loading = loaded
     refuse_missing_weights(path, loading["missing_keys"])
     return model.eval()
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests import tiny_models
 from transformers import PreTrainedTokenizerFast
+
+from tests import tiny_models
 
 torch.set_num_threads(1)
 
