@@ -180,7 +180,7 @@ class PromptStream:
         self._order = self._shuffled()
 
     def next_batch(self, n: int) -> list[Prompt]:
-        """The next `n` prompts of this rank, each `num_generations` times in a row. All ranks must ask for the same `n`."""
+        """The next `n` prompts of this rank, each `num_generations` times in a row; all ranks must ask alike."""
         dealt = [self._next() for _ in range(n * self.world_size)]
         mine = dealt[self.rank * n : (self.rank + 1) * n]
         return [self.prompts[index] for index in mine for _ in range(self.num_generations)]

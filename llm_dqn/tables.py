@@ -132,8 +132,8 @@ def _read_csv(path: Path, source: str) -> list[Row]:
 
 
 def _read_parquet(path: Path, source: str) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
