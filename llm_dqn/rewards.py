@@ -154,7 +154,7 @@ class Rewards:
         return [_read(result, count) for result in results]
 
     def _await(self, coroutines: list[Awaitable[Any]]) -> list[Any]:
-        """Results or exceptions. One event loop serves all calls: clients made in a reward file belong to their loop."""
+        """Results or exceptions. One event loop serves all calls: a client made in a reward file belongs to its loop."""
         if not coroutines:
             return []
         if self._loop is None:
