@@ -1,7 +1,10 @@
 """What every test may use: no network, one thread, and tiny models that are built once."""
 
 import os
+import tempfile
 
+_cache = tempfile.TemporaryDirectory(prefix="llm_dqn_tests_")  # removed when the tests end
+os.environ["HF_HOME"] = _cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
