@@ -1,10 +1,11 @@
 """What every test may use: no network, one thread, and tiny models that are built once."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
-_cache = tempfile.TemporaryDirectory(prefix="llm_dqn_tests_")  # removed when the tests end
-os.environ["HF_HOME"] = _cache.name
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llm_dqn_tests_")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny_models
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
