@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -76,7 +78,7 @@ def load_causal_lm(
     """A decoder-only language model in evaluation mode, all of its weights read from safetensors files."""
     if dtype not in _DTYPES:
         raise UserError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}")
-    check_reachable(path)
+    check_model_folder(path)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
@@ -117,13 +119,28 @@ def _check_causal(path: str, config: PreTrainedConfig) -> None:
 
 
 def check_reachable(path: str) -> None:
-    """`UserError` for a local path that does not exist or holds no model; Hub ids pass."""
+    """`UserError` for a local path that does not exist; Hub ids pass."""
     folder = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or path.endswith("/")
     if looks_local and not folder.is_dir():
         raise UserError(f"'{path}' is not a folder; give a local model folder or a Hub id like 'owner/name'")
+
+
+def check_model_folder(path: str) -> None:
+    """`UserError` for a path that cannot be a model; Hub ids pass."""
+    check_reachable(path)
+    folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"'{path}' has no config.json, so it is not a Hugging Face model folder")
+        adapter = " but an adapter; give its base model here" if (folder / "adapter_config.json").is_file() else ""
+        raise UserError(f"'{path}' has no config.json, so it is not a Hugging Face model folder{adapter}")
+
+
+def hub_file(hub_id: str, filename: str, revision: str | None = None) -> Path | None:
+    """One file of a Hub repository, from the cache or downloaded; None if it cannot be had."""
+    try:
+        return Path(hf_hub_download(hub_id, filename, revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError):  # OSError: no network and nothing in the cache
+        return None
 
 
 def check_safetensors(path: str) -> None:
@@ -154,7 +171,7 @@ def explain_loading(path: str, revision: str | None, part: str, error: BaseExcep
     if "trust_remote_code" in text:
         return f"{where} brings its own code; if you trust it, set trust_remote_code: true (and pin model_revision)"
     if "tokenizer" in part and Path(path).is_dir() and isinstance(error, OSError | ValueError):
-        return f"{where} holds no usable tokenizer ({_first_sentence(text)})"
+        return f"{where} holds no usable tokenizer; save one there with tokenizer.save_pretrained(folder)"
     if isinstance(error, OSError) and "safetensors" in text:
         return _no_safetensors(path)
     if isinstance(error, OSError) and not Path(path).is_dir():

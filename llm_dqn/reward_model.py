@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from llm_dqn.errors import UserError
 from llm_dqn.models import (
-    check_reachable,
+    check_model_folder,
     check_safetensors,
     ensure_pad_token,
     explain_loading,
@@ -44,7 +44,7 @@ class RewardModel:
         self.name = Path(path).name + (f"#{label}" if label else "")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.batch_size = batch_size
-        check_reachable(path)
+        check_model_folder(path)
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(path, **where)

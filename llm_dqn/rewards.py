@@ -154,7 +154,7 @@ class Rewards:
         return [_read(result, count) for result in results]
 
     def _await(self, coroutines: list[Awaitable[Any]]) -> list[Any]:
-        """Results or exceptions. One event loop serves all calls, since a client made in a reward file belongs to it."""
+        """Results or exceptions. One event loop serves all calls, as a client in a reward file belongs to it."""
         if not coroutines:
             return []
         if self._loop is None:

@@ -117,6 +117,19 @@ def test_folder_without_model(tmp_path: Path) -> None:
         models.load_causal_lm(str(tmp_path))
 
 
+def test_adapter_folder_has_a_tokenizer_but_is_no_model(tmp_path: Path) -> None:
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert len(models.load_tokenizer(str(tmp_path))) == 300
+    with pytest.raises(UserError, match="not a Hugging Face model folder but an adapter; give its base model"):
+        models.load_causal_lm(str(tmp_path))
+
+
+def test_hub_file_that_cannot_be_had() -> None:
+    assert models.hub_file("nobody/nothing", "adapter_config.json") is None
+    assert models.hub_file("no id/at all/", "adapter_config.json") is None
+
+
 def test_unknown_dtype(tiny_llama_path: str) -> None:
     with pytest.raises(UserError, match="dtype: 'fp8' is not one of auto, float32"):
         models.load_causal_lm(tiny_llama_path, dtype="fp8")
