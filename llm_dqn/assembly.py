@@ -1,0 +1,305 @@
+"""From settings to parts: loads and checks everything a run needs before any long work starts."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from llm_dqn import data, losses, models, replay, schedules, targets
+from llm_dqn.adapters import LoraConfig, lora_config, lora_facts
+from llm_dqn.errors import UserError
+from llm_dqn.network import Backup, QNetwork
+from llm_dqn.recipe import FLAT_SECTIONS, DQNConfig, Recipe, dump_recipe, with_resolved_paths
+from llm_dqn.replay import PrefixReplay, SamplingRule
+from llm_dqn.rewards import Rewards, load_reward
+from llm_dqn.rollout import Writer, describe
+from llm_dqn.types import PrefixBatch, Prompt, QOutput
+
+ReturnsRule = Callable[[PrefixBatch, QOutput], Tensor]  # (batch, target network's output) -> td_target (B, T)
+LossRule = Callable[[QOutput, Tensor, Tensor, Tensor], Tensor]  # (online output, td_target, mask, count) -> scalar
+
+ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
+HELD_OUT = 64  # prompts kept from training when no evaluation prompts are given
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is about, loaded: the model, its prompts and its rewards."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    rewards: Rewards
+    lora: LoraConfig | None
+    logged: Sequence[data.LoggedRow] = ()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The boxes of the textbook diagram, ready to be wired by the loop."""
+
+    accelerator: Accelerator
+    network: QNetwork  # acts, values, saves
+    model: nn.Module  # the same behind Accelerate: what gradients flow through
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    trainable: list[nn.Parameter]
+    writer: Writer
+    rewards: Rewards
+    replay: PrefixReplay
+    sampling: SamplingRule
+    stream: data.PromptStream
+    eval_prompts: list[Prompt]
+    lora: LoraConfig | None
+    returns: ReturnsRule
+    td_loss: LossRule
+    epsilon: schedules.Schedule
+
+    def total(self, value: Tensor | float) -> Tensor:
+        """The sum of a number over all processes."""
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+
+def inputs_of(recipe: Recipe) -> tuple[DQNConfig, Inputs]:
+    """Loads what a recipe names. Raises UserError for the first thing that cannot be used."""
+    recipe = with_resolved_paths(recipe)
+    args = settings_of(recipe)
+    facts = recipe.model
+    tokenizer = models.load_tokenizer(facts.model_name_or_path, facts.model_revision, facts.trust_remote_code)
+    train_prompts, eval_prompts = prompts_of(recipe, tokenizer)
+    rewards = rewards_of(recipe)
+    rewards.check_columns(sorted({name for prompt in train_prompts[:1] for name in prompt.columns}))
+    lora = None if recipe.lora is None else lora_config(**dict(recipe.lora))
+    logged = logged_rows(args, tokenizer)
+    return args, Inputs(base_model_of(recipe), tokenizer, train_prompts, eval_prompts, rewards, lora, logged)
+
+
+def settings_of(recipe: Recipe) -> DQNConfig:
+    """The recipe's leaves, flat."""
+    return DQNConfig(**{leaf: value for name in FLAT_SECTIONS for leaf, value in getattr(recipe, name)})
+
+
+def base_model_of(recipe: Recipe) -> PreTrainedModel:
+    """The pretrained model that a recipe names."""
+    facts = recipe.model
+    path, revision = facts.model_name_or_path, facts.model_revision
+    return models.load_causal_lm(path, revision, facts.dtype, facts.attn_implementation, facts.trust_remote_code)
+
+
+def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, held-out prompts) of a recipe."""
+    facts = recipe.data
+    load = partial(
+        data.load_prompts,
+        prompt_column=facts.prompt_column,
+        tokenizer=tokenizer,
+        max_prompt_length=facts.max_prompt_length,
+        too_long=facts.too_long,
+    )
+    prompts = load(facts.train, split=facts.split)
+    if facts.eval or facts.eval_split:
+        return prompts, load(facts.eval or facts.train, split=facts.eval_split or facts.split)
+    return held_out(prompts, recipe.train.seed)
+
+
+def held_out(prompts: list[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Keeps a fifth of the prompts, 64 at most, from training; too few prompts serve as both."""
+    count = min(HELD_OUT, len({prompt.text for prompt in prompts}) // 5)
+    return data.hold_out(prompts, count, seed) if count else (prompts, prompts)
+
+
+def rewards_of(recipe: Recipe) -> Rewards:
+    """The reward functions that a recipe names."""
+    folders = [Path.cwd(), *([recipe.folder] if recipe.folder else [])]
+    facts = recipe.reward
+    return Rewards([load_reward(spec, folders) for spec in facts.funcs], facts.weights, facts.on_error, facts.timeout)
+
+
+def logged_rows(args: DQNConfig, tokenizer: PreTrainedTokenizerBase) -> Sequence[data.LoggedRow]:
+    """Completions scored elsewhere that fill the replay before the first step."""
+    return data.load_logged(args.warm_start, tokenizer) if args.warm_start else ()
+
+
+def inputs_from_python(
+    model: Any,
+    reward_funcs: Any,
+    args: DQNConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    peft_config: LoraConfig | None,
+) -> Inputs:
+    """The same from what `DQNTrainer(...)` is given; the words and their meaning are TRL's."""
+    if isinstance(model, str | os.PathLike):
+        path = os.fspath(model)
+        tokenizer = processing_class or models.load_tokenizer(path)
+        model = models.load_causal_lm(path)
+    elif processing_class is None:
+        raise UserError("processing_class: a loaded model needs its tokenizer, got None; pass processing_class=tokenizer")
+    else:
+        tokenizer = processing_class
+        models.ensure_pad_token(tokenizer, "processing_class")
+    load = partial(data.load_prompts, tokenizer=tokenizer, split="train", prompt_column="prompt", max_prompt_length=None)
+    prompts = load(train_dataset)
+    kept_apart = load(eval_dataset) if eval_dataset is not None else None
+    train_prompts, eval_prompts = (prompts, kept_apart) if kept_apart else held_out(prompts, args.seed)
+    several = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    rewards = Rewards([load_reward(spec) for spec in several], args.weights, args.on_error, args.timeout)
+    rewards.check_columns(sorted({name for prompt in train_prompts[:1] for name in prompt.columns}))
+    logged = logged_rows(args, tokenizer)
+    return Inputs(model, tokenizer, train_prompts, eval_prompts, rewards, peft_config, logged)
+
+
+def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
+    """Wires the parts; after this nothing is missing that training needs."""
+    unused = args.q_head == "linear"  # a linear head leaves the LM's output layer without gradient
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
+    model = inputs.model.to(accelerator.device)
+    torch.manual_seed(args.seed)  # LoRA and heads start alike on every process
+    network = QNetwork(
+        model,
+        models.num_valid_tokens(model, inputs.tokenizer),
+        q_head=args.q_head,
+        beta=args.beta,
+        lora=inputs.lora,
+        target=args.target,
+        backup=backup_rule(args),
+        needs_value_head=args.expectile is not None,
+        needs_logprobs=args.q_head == "lm" or args.advantage_weight > 0,
+        uniform_prior=args.prior == "uniform",
+        bf16=args.bf16,
+    ).to(accelerator.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    optimizer = optimizer_for(network, args)
+    prepared, optimizer = accelerator.prepare(network, optimizer)
+    stop_ids = frozenset(models.stop_token_ids(model, inputs.tokenizer))
+    writer = Writer(network, inputs.tokenizer, stop_ids, args.max_completion_length)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    memory = PrefixReplay(args.capacity, args.gamma, args.truncated)
+    fill_from_log(memory, writer, inputs.logged[rank::world])
+    return Parts(
+        accelerator=accelerator,
+        network=network,
+        model=prepared,
+        optimizer=optimizer,
+        scheduler=get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps),
+        trainable=[parameter for parameter in network.parameters() if parameter.requires_grad],
+        writer=writer,
+        rewards=inputs.rewards,
+        replay=memory,
+        sampling=sampling_rule(args),
+        stream=data.PromptStream(inputs.train_prompts, args.seed, args.num_generations, rank, world),
+        eval_prompts=inputs.eval_prompts,
+        lora=inputs.lora,
+        returns=returns_rule(args),
+        td_loss=loss_rule(args),
+        epsilon=schedules.linear(args.epsilon.start, args.epsilon.end, args.epsilon.steps),
+    )
+
+
+def optimizer_for(network: QNetwork, args: DQNConfig) -> torch.optim.Optimizer:
+    """AdamW; the heads start from nothing and learn at their own, higher rate."""
+    heads = [parameter for parameter in network.heads.parameters() if parameter.requires_grad]
+    policy = [parameter for parameter in network.model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": policy, "lr": args.learning_rate},
+        {"params": heads, "lr": args.value_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+
+
+def backup_rule(args: DQNConfig) -> Backup | None:
+    """How Q-values make a state's value; None where the value head says it."""
+    if args.expectile is not None or (args.q_head == "lm" and args.backup == "soft"):
+        return None
+    if args.backup == "soft":
+        return lambda q, prior, _: targets.soft_value(q, prior, args.beta)
+    if args.double:
+        return lambda q, prior, online: targets.double_value(
+            q, online, targets.support_mask(prior, args.support_top_k)
+        )
+    return lambda q, prior, _: targets.hard_value(q, targets.support_mask(prior, args.support_top_k))
+
+
+def returns_rule(args: DQNConfig) -> ReturnsRule:
+    """How far a target looks ahead before it trusts the target network."""
+
+    def rule(batch: PrefixBatch, q: QOutput) -> Tensor:
+        advantages = q.advantages if args.corrected else torch.zeros_like(q.taken)
+        facts = (batch.rewards, batch.discounts, q.next_values, advantages, batch.action_mask)
+        if args.n_step is not None:
+            return targets.n_step_return(*facts, args.n_step)
+        return targets.lambda_return(*facts, args.lam)
+
+    return rule
+
+
+def loss_rule(args: DQNConfig) -> LossRule:
+    """How an error of Q is counted; the dueling head needs its two gradients kept apart."""
+    error_fn = ERRORS[args.loss]
+    if args.q_head == "lm":
+        return lambda q, target, mask, count: losses.dueling_td_loss(
+            q.values, q.advantages, target, mask, count, args.beta, error_fn
+        )
+    return lambda q, target, mask, count: losses.td_loss(q.taken, target, mask, count, error_fn)
+
+
+def sampling_rule(args: DQNConfig) -> SamplingRule:
+    """Which stored episodes are learned from."""
+    if args.prioritized:
+        return replay.prioritized()
+    return replay.success_biased(args.success_share) if args.success_share > 0 else replay.uniform()
+
+
+def fill_from_log(memory: PrefixReplay, writer: Writer, logged: Sequence[data.LoggedRow]) -> None:
+    """Logged completions with their rewards become episodes like any other."""
+    for start in range(0, len(logged), writer.batch_size):
+        rows = logged[start : start + writer.batch_size]
+        completions = [torch.tensor(row.completion_ids) for row in rows]
+        for row, episode in zip(rows, describe(writer, [row.prompt for row in rows], completions), strict=True):
+            memory.add([replace(episode, reward=row.reward, ended=row.ended, source="logged")])
+
+
+def stream_seed(seed: int, *names: int) -> int:
+    """A seed for one purpose, step and process. All randomness is drawn from such, so a resumed run draws the same."""
+    return int(np.random.SeedSequence([seed, *names]).generate_state(1)[0])
+
+
+def recipe_text(args: DQNConfig, parts: Parts, recipe: Recipe | None) -> str:
+    """The resolved recipe of a run, as YAML that `llm-dqn` reads again; from Python it is put together from `args`."""
+    if recipe is not None:
+        return dump_recipe(with_resolved_paths(recipe))
+    sections = {
+        name: {leaf: getattr(args, leaf) for leaf in Recipe.model_fields[name].annotation.model_fields if leaf != "funcs"} for name in FLAT_SECTIONS
+    }
+    sections["reward"]["funcs"] = list(parts.rewards.names)
+    lora = lora_facts(parts.lora) if parts.lora else None
+    return dump_recipe(
+        Recipe.model_validate(
+            {
+                "model": {"model_name_or_path": parts.network.base_name},
+                "lora": lora,
+                "data": {"train": "given from Python"},
+                **sections,
+            }
+        )
+    )
+
+
+def trackers(report_to: str | Sequence[str]) -> list[str]:
+    """Names of the trackers asked for."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    return [name for name in names if name != "none"]

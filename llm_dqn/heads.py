@@ -1,0 +1,127 @@
+"""Q-heads over the vocabulary, and the chunked arithmetic that keeps (N, V) tensors small and short-lived.
+
+N positions, H hidden size, V tokens that may be chosen (rows of the LM's head beyond the tokenizer are cut off).
+All Q-values are float32 whatever the trunk computes in.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LogitsFunction = Callable[[Tensor], Tensor]  # hidden (N, H) -> logits (N, V) float32
+
+CHUNK = 1024  # positions whose vocabulary is expanded at a time; 1024 x 152k float32 is 622 MB
+
+
+class ValueHead(nn.Module):
+    """V(s) from a hidden state: (N, H) -> (N,). Its last layer starts at zero, so V is a constant before learning."""
+
+    def __init__(self, hidden_size: int, width: int = 256) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU())
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N,) float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.out(self.body(hidden.float())).squeeze(-1)
+
+    def start_at(self, value: float) -> None:
+        """Makes V the constant `value`: the mean reward seen so far is the best guess before learning."""
+        with torch.no_grad():
+            self.out.bias.fill_(value)
+
+
+class LinearQHead(nn.Module):
+    """The textbook head Q(s, a) = w_a . h(s) + b: (N, H) -> (N, V).
+
+    Weights start at zero and `b`, one number for all tokens, at the mean reward: before learning every action is worth
+    the same, so the prior alone acts (the calibrated start of LMRL-Gym, https://arxiv.org/abs/2311.18232).
+    """
+
+    def __init__(self, hidden_size: int, num_tokens: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_tokens, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V) float32."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self.weight.T + self.bias
+
+    def taken(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        """Q of one action a position from its row alone, (N, H), (N,) -> (N,): no (N, V) tensor."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return (hidden.float() * self.weight[actions]).sum(-1) + self.bias
+
+    def start_at(self, value: float) -> None:
+        """Makes every Q the constant `value`."""
+        with torch.no_grad():
+            self.bias.fill_(value)
+
+
+class ActingHead(nn.Module):
+    """Stands in for the LM's output layer while a `LinearQHead` acts: logits = log prior + Q / beta.
+
+    Sampling from it is sampling pi = prior * exp(Q / beta); with a uniform prior its argmax is the textbook's greedy
+    action argmax_a Q(s, a). Rows beyond the tokenizer keep the LM's own logits and are masked by the sampler.
+    """
+
+    def __init__(self, lm_head: nn.Module, q_head: LinearQHead, beta: float, uniform_prior: bool) -> None:
+        super().__init__()
+        self.lm_head, self.q_head, self.beta, self.uniform_prior = lm_head, q_head, beta, uniform_prior
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., rows of the LM head)."""
+        logits = self.lm_head(hidden).float()
+        scaled_q = self.q_head(hidden) / self.beta
+        num_tokens = scaled_q.shape[-1]
+        acting = scaled_q if self.uniform_prior else logits[..., :num_tokens] + scaled_q
+        return torch.cat([acting, logits[..., num_tokens:]], dim=-1)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    for start in range(0, tensors[0].shape[0], CHUNK):
+        yield tuple(tensor[start : start + CHUNK] for tensor in tensors)
+
+
+def taken_logprobs(hidden: Tensor, actions: Tensor, logits_of: LogitsFunction) -> Tensor:
+    """log softmax(logits)[action], (N, H), (N,) -> (N,), a chunk of positions at a time.
+
+    With gradients on, the logits of a chunk are computed again in backward instead of being kept.
+    """
+
+    def piece(hidden: Tensor, actions: Tensor) -> Tensor:
+        logits = logits_of(hidden)
+        return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+
+    return _over_pieces(piece, hidden, actions)
+
+
+def logsumexp_q(hidden: Tensor, q_of: LogitsFunction) -> Tensor:
+    """log sum_a exp Q(s, a), (N, H) -> (N,), in chunks with recomputation."""
+    return _over_pieces(lambda piece: torch.logsumexp(q_of(piece), dim=-1), hidden)
+
+
+def _over_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function` over chunks of the first dimension; recomputed in backward when gradients are on."""
+    if tensors[0].shape[0] == 0:
+        return tensors[0].float().sum(-1)
+    recompute = torch.is_grad_enabled()
+    results = [
+        checkpoint(function, *piece, use_reentrant=False) if recompute else function(*piece)  # type: ignore[misc]
+        for piece in _pieces(*tensors)
+    ]
+    return torch.cat(results)
+
+
+@torch.no_grad()
+def reduce_states(reduce: Callable[..., Tensor], *hiddens: Tensor) -> Tensor:
+    """`reduce` of chunks of one or more (N, H) tensors to (N,), without gradient: values of states from all their Qs."""
+    if hiddens[0].shape[0] == 0:
+        return hiddens[0].float().sum(-1)
+    return torch.cat([reduce(*piece) for piece in _pieces(*hiddens)])

@@ -1,0 +1,217 @@
+"""What a run leaves behind: its folder, its lines of metrics, its samples, its adapter, and what people see of it."""
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llm_dqn import card, checkpoint
+from llm_dqn.console import Console
+from llm_dqn.errors import RunError
+from llm_dqn.metrics import MetricsLog, open_trackers
+from llm_dqn.network import QNetwork
+from llm_dqn.types import Episode, QOutput, TDTarget
+
+SAMPLES_A_COLLECT = 4
+Found = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
+
+
+class Logbook:
+    """The run folder. Only the main process writes; the others pass through.
+
+    base_name: the pretrained model's path or Hub id. recipe_text: what `recipe.yaml` will hold. trackers: names of Accelerate trackers beside `metrics.jsonl`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        base_name: str,
+        recipe_text: str,
+        trackers: Sequence[str] = (),
+        run_name: str | None = None,
+        keep_checkpoints: int | None = 3,
+    ) -> None:
+        self.folder, self.accelerator = folder, accelerator
+        self.base_name, self.recipe_text = base_name, recipe_text
+        self.trackers, self.run_name, self.keep_checkpoints = list(trackers), run_name, keep_checkpoints
+        self.main = accelerator.is_main_process
+        self.console = Console(enabled=self.main)
+        self.metrics = MetricsLog(folder / "metrics.jsonl", accelerator)
+        self.sampled = 0  # lines in samples.jsonl
+
+    # --- opening ----------------------------------------------------------------------------------------------------
+
+    def open(self, resume: bool) -> Found | None:
+        """Prepares the folder; with `resume`, what the newest complete checkpoint holds, None when there is none."""
+        found = self._newest() if resume else None
+        if self.main:
+            if found is None:
+                self._move_earlier_run_aside()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.yaml").write_text(_versions() + self.recipe_text, encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        open_trackers(self.accelerator, self.trackers, self.run_name or self.folder.name, self.folder)
+        return found
+
+    def _newest(self) -> Found | None:
+        root = self.folder / "checkpoints"
+        newest, damaged = checkpoint.newest(root)
+        for line in damaged:
+            self.console.say(f"skipping a damaged checkpoint: {line}")
+        if newest is None:
+            self.console.say(f"no complete checkpoint in {root}: starting from the beginning")
+            return None
+        self.console.say(f"continuing from {newest}")
+        return checkpoint.read(newest)
+
+    def _move_earlier_run_aside(self) -> None:
+        """A new run never overwrites an earlier one."""
+        if not any((self.folder / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "checkpoints")):
+            return
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.earlier-{number}")).exists():
+            number += 1
+        os.replace(self.folder, aside)
+        self.console.say(f"{self.folder} held an earlier run: moved to {aside}")
+
+    def panel(self, total_steps: int) -> AbstractContextManager[Any]:
+        """The live view while training."""
+        return self.console.live(total_steps)
+
+    # --- while learning ---------------------------------------------------------------------------------------------
+
+    def collected(self, episodes: Sequence[Episode], epsilon: float, seconds: float, step: int) -> None:
+        """Notes what the behaviour policy wrote."""
+        tokens = sum(len(episode.completion_ids) for episode in episodes)
+        self.metrics.add_rate("tokens_per_second", tokens, seconds)
+        for episode in episodes:
+            self.metrics.add("rollout/reward", episode.reward)
+            self.metrics.add("rollout/length", len(episode.completion_ids))
+            for name, value in episode.rewards.items():
+                if value is not None and len(episode.rewards) > 1:
+                    self.metrics.add(f"rollout/reward/{name}", value)
+        if self.main:
+            with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as stream:
+                for episode in episodes[:SAMPLES_A_COLLECT]:
+                    line = {
+                        "step": step,
+                        "prompt": episode.prompt,
+                        "completion": episode.completion,
+                        "reward": episode.reward,
+                        "epsilon": epsilon,
+                    }
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    self.sampled += 1
+        if episodes:
+            self.console.sample(episodes[0].prompt, episodes[0].completion, episodes[0].reward)
+
+    @torch.no_grad()
+    def updated(self, q: QOutput, target: TDTarget, mask: Tensor, count: Tensor) -> None:
+        """Notes what an update saw. Stays on the device: nothing waits for these numbers."""
+        share = self.accelerator.num_processes / count
+        self.metrics.add("train/td_loss", ((q.taken - target.returns).square() * mask).sum() * share)
+        self.metrics.add("train/q_taken", (q.taken * mask).sum() * share)
+        self.metrics.add("train/td_target", (target.returns * mask).sum() * share)
+        self.metrics.add("train/advantage", target.advantages.abs().sum() * share)
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """One more value of a metric, averaged until the next line."""
+        self.metrics.add(name, value)
+
+    def write(self, step: int, scored_completions: int, facts: dict[str, Any]) -> None:
+        """One line of metrics, to the file, the trackers and the screen."""
+        line = self.metrics.log(step, {"scored_completions": scored_completions, **facts})
+        self.console.update(line)
+
+    # --- keeping ----------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, step: int, state: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
+        """Writes a whole checkpoint or none. Each process adds its replay; the main one the rest."""
+        root = self.folder / "checkpoints"
+        final = checkpoint.checkpoint_folder(root, step)
+        temporary = final.with_name(final.name + ".tmp")
+        if final.exists() and checkpoint.verify(final) is None:
+            return
+        try:
+            for name, tensors in parts.items():
+                if self.main or name.startswith("replay-"):
+                    checkpoint.write_part(temporary, name, tensors)
+            self.accelerator.wait_for_everyone()
+            if self.main:
+                checkpoint.finish(temporary, final, state)
+                if self.keep_checkpoints is not None:
+                    checkpoint.prune(root, self.keep_checkpoints)
+        except OSError as error:
+            raise RunError(f"could not write checkpoint {final}: {error}; the one before it is untouched") from error
+        self.accelerator.wait_for_everyone()
+
+    def state(self) -> dict[str, Any]:
+        """Where the files stand."""
+        return {"sampled": self.sampled, "metrics": self.metrics.state()}
+
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Cuts off what was written after the checkpoint, so that no line comes twice."""
+        self.sampled = state["sampled"]
+        self.metrics.load_state(state["metrics"])
+        if self.main:
+            self.metrics.truncate_to(step)
+            _keep_lines(self.folder / "samples.jsonl", self.sampled)
+
+    def save_policy(self, network: QNetwork, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> Path:
+        """Writes the adapter (or the whole model when all weights were tuned) with tokenizer and card."""
+        folder = folder or self.folder / ("adapter" if network.has_adapter else "model")
+        if self.main:
+            network.save_policy(folder)
+            tokenizer.save_pretrained(str(folder))
+            self._write_card(folder, report=None)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _write_card(self, folder: Path, report: dict[str, Any] | None) -> None:
+        text = card.model_card(self.base_name, self.recipe_text, report)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    def finished(self, report: dict[str, Any], pairs: Sequence[tuple[Episode, Episode]]) -> None:
+        """Writes `evaluation.json` and shows before and after."""
+        if not self.main:
+            return
+        (self.folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for folder in (self.folder / "adapter", self.folder / "model"):
+            if folder.is_dir():
+                self._write_card(folder, report)
+        samples = [
+            {
+                "prompt": _text(base.prompt),
+                "base": base.completion,
+                "base_reward": base.reward,
+                "tuned": tuned.completion,
+                "tuned_reward": tuned.reward,
+            }
+            for base, tuned in pairs[:4]
+        ]
+        self.console.final_table(report["base"], report["tuned"], report["win_rate"], samples)
+        self.console.where(self.folder)
+
+
+def _keep_lines(file: Path, count: int) -> None:
+    if file.exists():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
+        file.write_text("".join(lines), encoding="utf-8")
+
+
+def _text(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _versions() -> str:
+    names = ("llm-dqn", "torch", "transformers", "peft", "accelerate", "datasets")
+    return "".join(f"# {name} {version(name)}\n" for name in names)

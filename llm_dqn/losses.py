@@ -1,0 +1,86 @@
+"""How wrong a network is: pure functions from tensors to a scalar.
+
+(B, T) tensors with a mask of action tokens; `count` is the number of action tokens to divide by, over all processes
+when there are several, so that an episode weighs the same in whichever batch it sits.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+ErrorFunction = Callable[[Tensor], Tensor]
+
+
+def squared_error(error: Tensor) -> Tensor:
+    """error^2: regresses on the mean, which for a 0/1 reward is the probability of success."""
+    return error.square()
+
+
+def huber_error(error: Tensor) -> Tensor:
+    """error^2 within 1, 2|error| - 1 beyond, so that it equals `squared_error` near 0. Mnih et al. 2015 clip like this.
+
+    Regresses between mean and median: biased where rewards are far apart.
+    """
+    size = error.abs()
+    return torch.where(size <= 1, error.square(), 2 * size - 1)
+
+
+def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
+    """Sum of `values` where `mask`, divided by `count`; 0 for an empty mask."""
+    return torch.where(mask, values, 0.0).sum() / torch.as_tensor(count).clamp(min=1)
+
+
+def td_loss(
+    q_taken: Tensor, td_target: Tensor, mask: Tensor, count: Tensor | float, error_fn: ErrorFunction = squared_error
+) -> Tensor:
+    """Mean error of Q(s, a) against its target. Mnih et al. 2015, eq. 2."""
+    return masked_mean(error_fn(q_taken - td_target.detach()), mask, count)
+
+
+def dueling_td_loss(
+    values: Tensor,
+    advantages: Tensor,
+    td_target: Tensor,
+    mask: Tensor,
+    count: Tensor | float,
+    beta: float,
+    error_fn: ErrorFunction = squared_error,
+) -> Tensor:
+    """`td_loss` of Q = V + A, its gradient parted so that V cannot drown the policy.
+
+    A = beta log(pi / pi_ref) moves beta times slower than V for the same step of its logits; dividing its part by beta
+    makes both move alike. Both parts are the same error, so the optimum is that of `td_loss`.
+    """
+    policy_part = td_loss(values.detach() + advantages, td_target, mask, count, error_fn) / beta
+    value_part = td_loss(values + advantages.detach(), td_target, mask, count, error_fn)
+    return policy_part + value_part
+
+
+def advantage_weighted_nll(logprobs: Tensor, weights: Tensor, mask: Tensor, total_weight: Tensor | float) -> Tensor:
+    """-sum w log pi(a|s) / sum w for weights w >= 0: raises what turned out better than expected.
+
+    With w = max(0, advantage) this is self-imitation, Oh et al. 2018, eq. 2, https://arxiv.org/abs/1806.05635. Exactly
+    0 when no weight is positive.
+    """
+    weighted = torch.where(mask, weights.detach() * logprobs, 0.0).sum()
+    return -weighted / torch.as_tensor(total_weight).clamp(min=1e-8)
+
+
+def expectile_loss(values: Tensor, q_taken: Tensor, mask: Tensor, count: Tensor | float, expectile: float) -> Tensor:
+    """V as the upper expectile of Q over the data's actions: mean |expectile - 1(Q < V)| (Q - V)^2.
+
+    Kostrikov et al. 2022, eq. 5, https://arxiv.org/abs/2110.06169, as ILQL uses it on tokens,
+    https://arxiv.org/abs/2206.11871.
+    """
+    error = q_taken.detach() - values
+    weight = torch.where(error < 0, 1 - expectile, expectile)
+    return masked_mean(weight * error.square(), mask, count)
+
+
+def conservative_loss(logsumexp_q: Tensor, q_taken: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
+    """Mean of log sum_a exp Q(s, a) - Q(s, a_taken): keeps untried tokens below tried ones.
+
+    CQL(H), Kumar et al. 2020, eq. 4, https://arxiv.org/abs/2006.04779.
+    """
+    return masked_mean(logsumexp_q - q_taken, mask, count)

@@ -1,0 +1,286 @@
+"""Deep Q-learning on token prefixes: the loop, and the few lines that each of its steps takes."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_dqn import checkpoint, evaluation, losses
+from llm_dqn.assembly import Parts, assemble, inputs_from_python, inputs_of, recipe_text, stream_seed, trackers
+from llm_dqn.errors import RunError
+from llm_dqn.hub import upload
+from llm_dqn.logbook import Logbook
+from llm_dqn.policy import BehaviourPolicy
+from llm_dqn.recipe import DQNConfig, Recipe
+from llm_dqn.rollout import rollout, verify_generator
+from llm_dqn.signals import StopRequest
+from llm_dqn.types import Episode, PrefixBatch, TDTarget
+
+COLLECT, REPLAY, EVALUATE = 1, 2, 3  # names of the random streams
+MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
+
+
+class DQNTrainer:
+    """Tunes a causal LM by deep Q-learning against rewards on whole completions.
+
+    State: a prompt plus the tokens written so far. Action: the next token. Reward: 0 until the completion ends, then
+    what `reward_funcs` say of the text. Mnih et al. 2015 (replay, target network, epsilon-greedy), with the heads of
+    `network`, the rules of `targets` and the errors of `losses`.
+
+    model: a path, a Hub id, or a loaded causal LM (then give `processing_class`, its tokenizer).
+    reward_funcs: TRL's: a callable `f(prompts, completions, **columns) -> list[float | None]`, sync or async, the path or
+    Hub id of a sequence-classification model, or a list of these.
+    train_dataset, eval_dataset: anything with a `prompt` column: a `datasets.Dataset`, a file, a list of rows. Without
+    `eval_dataset` some training prompts are held out.
+    peft_config: a `peft.LoraConfig`; None tunes all weights.
+
+    Raises UserError for anything wrong in what it was given, before any training.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any,
+        args: DQNConfig,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        inputs = inputs_from_python(
+            model, reward_funcs, args, train_dataset, eval_dataset, processing_class, peft_config
+        )
+        self._start(args, assemble(args, inputs), recipe=None)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> "DQNTrainer":
+        """The same trainer from a recipe."""
+        trainer = cls.__new__(cls)
+        args, inputs = inputs_of(recipe)
+        trainer._start(args, assemble(args, inputs), recipe)
+        return trainer
+
+    def _start(self, args: DQNConfig, parts: Parts, recipe: Recipe | None) -> None:
+        self.args, self.parts = args, parts
+        self.network, self.replay = parts.network, parts.replay
+        self.step = 0
+        self.samples_drawn = 0  # minibatches, by this process
+        self.scored_completions = 0  # by the rewards, over all processes; evaluation is counted apart
+        self.logbook = Logbook(
+            Path(args.output_dir),
+            parts.accelerator,
+            parts.network.base_name,
+            recipe_text(args, parts, recipe),
+            trackers=trackers(args.report_to),
+            run_name=args.run_name,
+            keep_checkpoints=args.save_total_limit,
+        )
+
+    # --- the algorithm ----------------------------------------------------------------------------------------------
+
+    def train(self, resume: bool = False) -> dict[str, Any]:
+        """Learns until `max_steps` or until `max_scored_completions` are spent; returns what `evaluation.json` holds."""
+        self.begin(resume)
+        with StopRequest() as stop, self.logbook.panel(self.args.max_steps):
+            while self.step < self.args.max_steps:
+                if self.step % self.args.updates_per_collect == 0:
+                    if self.step > 0 and self.budget_left == 0 and self.args.max_scored_completions:
+                        break
+                    self.collect()
+
+                batches = [self.sample() for _ in range(self.args.gradient_accumulation_steps)]
+                td_targets = [self.td_target(batch) for batch in batches]
+                self.update(batches, td_targets)
+
+                self.step += 1
+                if self.step % self.args.target_sync_steps == 0:
+                    self.network.sync_target(self.args.target_tau)
+
+                self.report(batches)
+                if stop.requested:
+                    self.save_checkpoint()
+                    raise SystemExit(stop.exit_code)
+            self.save_checkpoint()
+        self.save_model()
+        return self.evaluate()
+
+    def collect(self) -> None:
+        """The behaviour policy writes, the rewards judge whole completions, the replay remembers all their prefixes."""
+        for _ in range(MAX_EMPTY_COLLECTS):
+            if self.budget_left == 0:
+                break
+            started = time.perf_counter()
+            episodes = self.score(self.rollout())
+            self.replay.add(episodes)
+            self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step)
+            if len(self.replay) >= self.args.learning_starts:
+                break
+        if len(self.replay) == 0:
+            raise RunError(f"nothing to learn from: {self.scored_completions} completions scored, no reward among them")
+        if self.step == 0:
+            self.network.start_values_at(float(self.replay.rewards.mean()))
+
+    def rollout(self) -> list[Episode]:
+        """Fresh completions by the epsilon-greedy behaviour policy."""
+        args, share = self.args, self.parts.accelerator.num_processes
+        prompts = self.parts.stream.next_batch(-(-args.prompts_per_collect // share))[: self.budget_left]
+        policy = BehaviourPolicy(args.temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
+        seed = self.seed_for(COLLECT, self.scored_completions)
+        return rollout(self.parts.writer, prompts, policy, seed, policy_version=self.step)
+
+    def score(self, episodes: list[Episode]) -> list[Episode]:
+        """What the rewards say; completions on which all of them abstained are left out."""
+        self.scored_completions += int(self.parts.total(len(episodes)))
+        return evaluation.judged(self.parts.rewards, episodes)
+
+    def sample(self) -> PrefixBatch:
+        """Remembered episodes with all their prefixes."""
+        self.samples_drawn += 1
+        rng = np.random.default_rng([self.args.seed, REPLAY, self.samples_drawn, self.parts.accelerator.process_index])
+        batch = self.replay.sample(self.args.per_device_train_batch_size, rng, self.parts.sampling)
+        return batch.to(self.parts.accelerator.device)
+
+    @torch.no_grad()
+    def td_target(self, batch: PrefixBatch) -> TDTarget:
+        """What Q should have been, by the target network."""
+        q = self.network.target(batch)
+        returns = self.parts.returns(batch, q)
+        return TDTarget(returns, (returns - q.values) * batch.action_mask, q.taken)
+
+    def update(self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget]) -> None:
+        """One optimizer step on a mean over all action tokens of the batches, on all processes."""
+        count = self.parts.total(sum(batch.action_mask.sum() for batch in batches))
+        weight = self.parts.total(sum(target.advantages.clamp(min=0).sum() for target in td_targets))
+        for batch, target in zip(batches, td_targets, strict=True):
+            loss = self.loss(batch, target, count, weight)
+            self.parts.accelerator.backward(loss * self.parts.accelerator.num_processes)  # gradients are averaged
+        norm = self.parts.accelerator.clip_grad_norm_(self.parts.trainable, self.args.max_grad_norm)
+        self.parts.optimizer.step()
+        self.parts.scheduler.step()
+        self.parts.optimizer.zero_grad()
+        self.logbook.add("train/grad_norm", norm)
+
+    def loss(self, batch: PrefixBatch, target: TDTarget, count: Tensor, weight: Tensor) -> Tensor:
+        """The TD loss of the online Q-values, and the terms beside it that the settings ask for."""
+        args, mask = self.args, batch.action_mask
+        q = self.parts.model(batch)
+        loss = self.parts.td_loss(q, target.returns, mask, count)
+        self.logbook.updated(q, target, mask, count)
+        if args.prioritized:
+            errors = ((q.taken - target.returns).abs() * mask).sum(1) / mask.sum(1)
+            self.replay.update_priorities(batch.slots, errors.detach())
+        if args.advantage_weight > 0:
+            raised = losses.advantage_weighted_nll(q.logprobs, target.advantages.clamp(min=0), mask, weight)
+            loss = loss + args.advantage_weight * raised
+        if args.expectile is not None:
+            loss = loss + losses.expectile_loss(q.values, target.q_taken, mask, count, args.expectile)
+        if args.cql_weight > 0:
+            everything = self.network.conservative_term(batch)
+            loss = loss + args.cql_weight * losses.conservative_loss(everything, q.taken, mask, count)
+        return loss
+
+    # --- small questions that the loop asks -------------------------------------------------------------------------
+
+    @property
+    def epsilon(self) -> float:
+        """Share of exploration at this step."""
+        return self.parts.epsilon(self.step)
+
+    @property
+    def budget_left(self) -> int:
+        """Completions that this process may still have scored."""
+        budget = self.args.max_scored_completions
+        if budget is None:
+            return sys.maxsize
+        return max(0, budget - self.scored_completions) // self.parts.accelerator.num_processes
+
+    def seed_for(self, *names: int) -> int:
+        """A seed that no other purpose, step or process has."""
+        return stream_seed(self.args.seed, *names, self.parts.accelerator.process_index)
+
+
+    # --- starting, looking, keeping ---------------------------------------------------------------------------------
+
+    def begin(self, resume: bool) -> None:
+        """Opens the run folder, goes on from its newest checkpoint when asked, and proves that writer and learner agree."""
+        found = self.logbook.open(resume)
+        if found is not None:
+            self.load_state(*found)
+        verify_generator(self.parts.writer, self.parts.eval_prompts)
+
+    def report(self, batches: Sequence[PrefixBatch]) -> None:
+        """What falls due after a step: a line of metrics, an evaluation, a checkpoint."""
+        args, last = self.args, self.step == self.args.max_steps
+        if args.eval_steps and self.step % args.eval_steps == 0:
+            verify_generator(self.parts.writer, self.parts.eval_prompts)
+            prompts = self.parts.eval_prompts[: args.eval_prompts]
+            measured = evaluation.measure(self.parts.writer, prompts, self._judge, self.seed_for(EVALUATE))
+            self.logbook.add("eval/reward", measured.figures["reward"])
+            self.logbook.add("eval/reward_greedy", measured.figures["reward_greedy"])
+        if self.step % args.logging_steps == 0 or last:
+            kl = self.network.kl(batches[-1].tokens).sum() / batches[-1].action_mask.sum()
+            facts = {"rollout/epsilon": self.epsilon, "replay/episodes": len(self.replay), "train/kl": float(kl)}
+            self.logbook.write(self.step, self.scored_completions, facts)
+        if args.save_steps and self.step % args.save_steps == 0 and not last:
+            self.save_checkpoint()
+
+    def evaluate(self) -> dict[str, Any]:
+        """Base against tuned on the held-out prompts; written to `evaluation.json` and shown."""
+        prompts = self.parts.eval_prompts[: self.args.final_eval_prompts]
+        report, pairs = evaluation.base_and_tuned(self.parts.writer, prompts, self._judge, self.seed_for(EVALUATE))
+        self.logbook.finished(report, pairs)
+        return report
+
+    def _judge(self, episodes: list[Episode]) -> list[Episode]:
+        return evaluation.judged(self.parts.rewards, episodes)
+
+    def save_model(self, output_dir: str | None = None) -> Path:
+        """Writes `adapter/`, which opens in plain PEFT (or `model/` when all weights were tuned); returns the folder."""
+        folder = None if output_dir is None else Path(output_dir)
+        return self.logbook.save_policy(self.network, self.parts.writer.tokenizer, folder)
+
+    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
+        """Saves the adapter and uploads it, private unless said otherwise; returns the address of the commit."""
+        return upload(self.save_model(), repo_id, private)
+
+    def save_checkpoint(self) -> None:
+        """Writes everything that makes the run continue exactly; does nothing when this step is saved already."""
+        self.logbook.checkpoint(self.step, self.state(), self.tensors())
+
+    def state(self) -> dict[str, Any]:
+        """The counters of a checkpoint, as plain JSON. Random streams are keyed by these and need no state of their own."""
+        return {
+            "step": self.step,
+            "scored_completions": self.scored_completions,
+            "samples_drawn": self.samples_drawn,
+            "prompts": self.parts.stream.state_dict(),
+            "scheduler": self.parts.scheduler.state_dict(),
+            "logbook": self.logbook.state(),
+        }
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint, part by part."""
+        rank = self.parts.accelerator.process_index
+        return {
+            "network": self.network.checkpoint_state(),
+            "optimizer": checkpoint.optimizer_tensors(self.parts.optimizer),
+            f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.state_arrays()),
+        }
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        """The reverse of `state` and `tensors`."""
+        rank = self.parts.accelerator.process_index
+        self.network.load_checkpoint_state(tensors["network"])
+        checkpoint.load_optimizer(self.parts.optimizer, tensors["optimizer"])
+        self.replay.load_arrays(checkpoint.as_arrays(tensors[f"replay-{rank:05d}"]))
+        self.step, self.scored_completions = state["step"], state["scored_completions"]
+        self.samples_drawn = state["samples_drawn"]
+        self.parts.stream.load_state_dict(state["prompts"])
+        self.parts.scheduler.load_state_dict(state["scheduler"])
+        self.logbook.load_state(state["logbook"], self.step)

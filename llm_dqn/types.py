@@ -1,0 +1,99 @@
+"""The records that travel between the parts. B episodes, L padded length, T longest completion, V vocabulary.
+
+A state is a prompt plus the completion tokens written so far, an action is the next token. Action `t` of an episode
+with a prompt of P tokens is token `P + t`, chosen in the state whose last token is `P + t - 1`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data set, ready to be continued."""
+
+    prompt: str | list[Message]  # as the data set has it; what reward functions see
+    text: str  # as the model sees it: the same string, or the rendered chat template
+    ids: list[int]  # token ids of `text`
+    columns: dict[str, Any] = field(default_factory=dict)  # every other column, handed to reward functions
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One completed sequence with everything that learning from any of its prefixes needs."""
+
+    prompt: str | list[Message]
+    completion: str  # decoded text without special tokens
+    prompt_ids: Tensor  # (P,) int64
+    completion_ids: Tensor  # (T,) int64, the end-of-sequence token included when it was written
+    ref_logprobs: Tensor  # (T,) float32, log pi_ref(a_t | s_t) of the untouched base model
+    behaviour_logprobs: Tensor  # (T,) float32, log pi_theta(a_t | s_t) at the moment of writing
+    ended: Literal["eos", "length"]  # the model stopped, or the length cap did
+    reward: float = float("nan")  # total; NaN until it is scored
+    rewards: dict[str, float | None] = field(default_factory=dict)  # each reward function; None = abstained
+    policy_version: int = 0  # learner step that wrote it
+    source: Literal["online", "logged"] = "online"
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompts with completions, padded on the right, where padding can never be seen by a causal model."""
+
+    input_ids: Tensor  # (B, L) int64
+    attention_mask: Tensor  # (B, L) 1 on real tokens
+    prompt_lengths: Tensor  # (B,)
+    actions: Tensor  # (B, T) completion token ids, 0 where masked
+    action_mask: Tensor  # (B, T) bool, true on completion tokens
+
+    def to(self, device: Any) -> "TokenBatch":
+        """The same batch on another device."""
+        return TokenBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class PrefixBatch:
+    """Whole episodes; every completion token is one (state, action, reward, next state) transition."""
+
+    tokens: TokenBatch
+    rewards: Tensor  # (B, T) zero but at the last action, which carries the episode's reward
+    discounts: Tensor  # (B, T) gamma; 0 at the action that ended the episode
+    ref_logprobs: Tensor  # (B, T) stored log pi_ref of the actions
+    slots: Tensor  # (B,) places in the replay buffer, for priorities
+
+    @property
+    def action_mask(self) -> Tensor:
+        """(B, T) bool, true on completion tokens."""
+        return self.tokens.action_mask
+
+    def to(self, device: Any) -> "PrefixBatch":
+        """The same batch on another device."""
+        return PrefixBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class QOutput:
+    """What a network says of a batch: (B, T) each, zero where `action_mask` is false."""
+
+    taken: Tensor  # Q(s_t, a_t)
+    values: Tensor  # V(s_t) under the backup rule
+    next_values: Tensor  # V(s_{t+1}); at the last action that of the finished text, which discounts switch off
+    logprobs: Tensor  # log pi(a_t | s_t) of the acting policy
+
+    @property
+    def advantages(self) -> Tensor:
+        """Q(s_t, a_t) - V(s_t), (B, T)."""
+        return self.taken - self.values
+
+
+@dataclass(frozen=True)
+class TDTarget:
+    """What the online network should have said: (B, T) each, without gradient, zero where masked."""
+
+    returns: Tensor  # what Q(s_t, a_t) should have been
+    advantages: Tensor  # by how much that beats the target network's V(s_t)
+    q_taken: Tensor  # the target network's own Q(s_t, a_t)

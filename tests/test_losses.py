@@ -1,0 +1,69 @@
+"""Losses on hand-made numbers; constants are chosen so that a flipped sign or mask shouts."""
+
+import pytest
+import torch
+
+from llm_dqn import losses
+
+MASK = torch.tensor([[True, True], [True, False]])
+
+
+def test_td_loss_counts_action_tokens_only():
+    taken = torch.tensor([[1.0, 2.0], [4.0, 1e6]])
+    target = torch.tensor([[0.0, 4.0], [1.0, -1e6]])
+    assert losses.td_loss(taken, target, MASK, 3).item() == pytest.approx((1 + 4 + 9) / 3)
+    assert losses.td_loss(taken, target, MASK, 6).item() == pytest.approx((1 + 4 + 9) / 6)  # tokens of other processes
+
+
+def test_targets_get_no_gradient():
+    taken = torch.tensor([[1.0]], requires_grad=True)
+    target = torch.tensor([[3.0]], requires_grad=True)
+    losses.td_loss(taken, target, torch.tensor([[True]]), 1).backward()
+    assert taken.grad.item() == -4.0 and target.grad is None
+
+
+def test_huber_error_is_square_near_zero_and_linear_beyond():
+    assert losses.huber_error(torch.tensor([0.5, -0.5, 1.0, -4.0])).tolist() == [0.25, 0.25, 1.0, 7.0]
+
+
+def test_dueling_loss_has_the_td_gradient_for_v_and_a_beta_fold_one_for_the_policy():
+    beta = 0.25
+    values = torch.tensor([[1.0]], requires_grad=True)
+    advantages = torch.tensor([[0.5]], requires_grad=True)
+    one = torch.tensor([[True]])
+    loss = losses.dueling_td_loss(values, advantages, torch.tensor([[3.0]]), one, 1, beta)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.5**2 * (1 + 1 / beta))
+    assert values.grad.item() == pytest.approx(-3.0)
+    assert advantages.grad.item() == pytest.approx(-3.0 / beta)
+
+
+def test_advantage_weighting_raises_good_tokens_in_proportion():
+    logprobs = torch.tensor([[-1.0, -2.0], [-5.0, -9.0]], requires_grad=True)
+    weights = torch.tensor([[3.0, 1.0], [0.0, 100.0]])
+    loss = losses.advantage_weighted_nll(logprobs, weights, MASK, 4.0)
+    loss.backward()
+    assert loss.item() == pytest.approx((3 * 1 + 1 * 2) / 4)
+    assert logprobs.grad.tolist() == [[-0.75, -0.25], [0.0, 0.0]]
+    assert losses.advantage_weighted_nll(logprobs, torch.zeros(2, 2), MASK, 0.0).item() == 0.0
+
+
+def test_expectile_above_half_leans_upwards():
+    q_taken = torch.tensor([[0.0, 1.0]])
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    for expectile in (0.5, 0.9):
+        grid = torch.linspace(0, 1, 1001)
+        totals = [losses.expectile_loss(v.expand(1, 2), q_taken, everything, 2, expectile) for v in grid]
+        assert grid[torch.stack(totals).argmin()].item() == pytest.approx(expectile, abs=2e-3)
+
+
+def test_conservative_loss_is_zero_only_when_the_taken_token_holds_everything():
+    q_values = torch.tensor([[0.0, 30.0, 0.0]])
+    held = losses.conservative_loss(torch.logsumexp(q_values, -1), q_values[:, 1], torch.tensor([True]), 1)
+    missed = losses.conservative_loss(torch.logsumexp(q_values, -1), q_values[:, 0], torch.tensor([True]), 1)
+    assert held.item() == pytest.approx(0.0, abs=1e-5) and missed.item() == pytest.approx(30.0, abs=1e-4)
+
+
+def test_an_empty_mask_is_zero_and_not_a_nan():
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    assert losses.td_loss(torch.ones(1, 2), torch.zeros(1, 2), nothing, 0).item() == 0.0

@@ -1,0 +1,100 @@
+"""Episodes in, padded transitions out: alignment, discounts and sampling on hand-made numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from llm_dqn.replay import PrefixReplay, prioritized, success_biased, uniform
+from tests.networks import episode
+
+
+def _filled(capacity: int = 8, rewards=(0.0, 1.0, 0.5), **options) -> PrefixReplay:
+    replay = PrefixReplay(capacity, **options)
+    for number, reward in enumerate(rewards):
+        replay.add([episode([10 + number] * (number + 1), [20 + number, 30 + number, 40][: number + 1], reward)])
+    return replay
+
+
+def test_batch_lays_out_states_actions_and_rewards():
+    replay = PrefixReplay(4, gamma=0.9)
+    replay.add([episode([5, 6], [7, 8, 2], reward=3.0), episode([9, 9, 9], [4], reward=-1.0, ended="length")])
+    batch = replay.batch(np.array([0, 1]))
+    assert batch.tokens.input_ids.tolist() == [[5, 6, 7, 8, 2], [9, 9, 9, 4, 0]]
+    assert batch.tokens.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert batch.tokens.prompt_lengths.tolist() == [2, 3]
+    assert batch.tokens.actions.tolist() == [[7, 8, 2], [4, 0, 0]]
+    assert batch.action_mask.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.rewards.tolist() == [[0, 0, 3.0], [-1.0, 0, 0]]
+    assert torch.allclose(batch.discounts, torch.tensor([[0.9, 0.9, 0.0], [0.0, 0, 0]]))
+    assert batch.ref_logprobs.tolist() == [[-1, -2, -3], [-1, 0, 0]]
+
+
+def test_truncation_is_termination_only_when_it_is_said_to_be():
+    cut, finished = episode([5], [7, 8], 1.0, ended="length"), episode([5], [7, 2], 1.0, ended="eos")
+    for truncated, last in (("terminal", 0.0), ("bootstrap", 0.9)):
+        replay = PrefixReplay(4, gamma=0.9, truncated=truncated)
+        replay.add([cut, finished])
+        discounts = replay.batch(np.array([0, 1])).discounts
+        assert torch.allclose(discounts, torch.tensor([[0.9, last], [0.9, 0.0]]))
+
+
+def test_the_oldest_episode_makes_room():
+    replay = _filled(capacity=2, rewards=(1.0, 2.0, 3.0))
+    assert len(replay) == 2 and sorted(replay.rewards) == [2.0, 3.0]
+    assert replay.rewards.tolist() == [3.0, 2.0]  # the slot of the oldest is taken
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_nothing_that_is_not_finite_enters(reward):
+    with pytest.raises(ValueError, match="finite"):
+        PrefixReplay(2).add([episode([1], [2], reward)])
+
+
+def test_empty_buffer_and_empty_completion_are_refused():
+    with pytest.raises(ValueError, match="empty"):
+        PrefixReplay(2).sample(1, np.random.default_rng(0), uniform())
+    with pytest.raises(ValueError, match="at least one action"):
+        PrefixReplay(2).add([episode([1], [])])
+
+
+def test_uniform_sampling_reaches_every_episode_equally():
+    replay = _filled(rewards=(0.0, 1.0, 0.5))
+    slots = uniform()(replay, 30_000, np.random.default_rng(0))
+    assert np.allclose(np.bincount(slots) / 30_000, 1 / 3, atol=0.02)
+
+
+def test_success_biased_sampling_keeps_its_share():
+    replay = _filled(capacity=100, rewards=(0.0,) * 9 + (1.0,))
+    slots = success_biased(0.7)(replay, 10_000, np.random.default_rng(0))
+    assert np.mean(slots == 9) == pytest.approx(0.7 + 0.3 / 10, abs=0.01)
+    equal = _filled(rewards=(0.5, 0.5, 0.5))
+    assert set(success_biased(0.7)(equal, 300, np.random.default_rng(0))) == {0, 1, 2}
+
+
+def test_prioritized_sampling_prefers_large_and_recent_errors():
+    replay = PrefixReplay(4)
+    replay.add([episode([1], [2], 0.0, policy_version=version) for version in (0, 0, 1000)])
+    replay.update_priorities(torch.tensor([0, 1, 2]), torch.tensor([0.0, 1.0, 1.0]))
+    slots = prioritized(alpha=1.0, half_life=1000)(replay, 10_000, np.random.default_rng(0))
+    shares = np.bincount(slots, minlength=3) / 10_000
+    assert shares[0] < 0.01 and shares[2] / shares[1] == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_saved_buffer_comes_back_equal():
+    replay = _filled(capacity=3, rewards=(1.0, 2.0, 3.0, 4.0))
+    replay.update_priorities(torch.tensor([1]), torch.tensor([0.25]))
+    again = PrefixReplay(3)
+    again.load_arrays(replay.state_arrays())
+    first, second = (r.sample(5, np.random.default_rng(3), uniform()) for r in (replay, again))
+    assert torch.equal(first.tokens.input_ids, second.tokens.input_ids)
+    assert torch.equal(first.ref_logprobs, second.ref_logprobs) and torch.equal(first.rewards, second.rewards)
+    assert again.added == replay.added and again.priorities.tolist() == replay.priorities.tolist()
+    for buffer in (replay, again):  # both go on in the same slot
+        buffer.add([episode([1], [2], 9.0)])
+    assert replay.rewards.tolist() == again.rewards.tolist()
+
+
+def test_an_empty_buffer_can_be_saved():
+    again = PrefixReplay(3)
+    again.load_arrays(PrefixReplay(3).state_arrays())
+    assert len(again) == 0
