@@ -1,0 +1,277 @@
+"""The sections of a recipe: every setting with its default, its unit and its limits. The single home of defaults."""
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+
+
+def _path_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+# Strict: true is no number, 3.0 is no whole number, "3" is neither. A whole number where a number is meant is fine.
+Int = Annotated[int, Field(strict=True)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, BeforeValidator(_path_text), Field(min_length=1)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The language model that is fine-tuned."""
+
+    model_name_or_path: Text = Field(description="Folder of a causal language model, or its Hub id.")
+    model_revision: Text | None = Field(
+        default=None, description="Branch, tag or commit on the Hub; null = the newest."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Precision of the frozen base weights; auto = as stored. Adapters and Q are always float32.",
+    )
+    attn_implementation: Text | None = Field(
+        default=None, description="eager, sdpa, flash_attention_2 ...; null lets transformers choose."
+    )
+    trust_remote_code: StrictBool = Field(
+        default=False, description="Run Python code that comes with the model. Only for repositories you have read."
+    )
+
+
+class LoraSection(Section):
+    """The adapter that is trained; null instead of the section trains every weight."""
+
+    r: Annotated[Int, Field(ge=1)] = Field(default=16, description="Rank: higher learns more and costs more memory.")
+    lora_alpha: Annotated[Float, Field(gt=0)] = Field(
+        default=32, description="Scale; the update is multiplied by alpha / r."
+    )
+    lora_dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Dropout in the adapter while learning; above 0 the policy that wrote differs from the learner.",
+    )
+    target_modules: Text | list[Text] = Field(
+        default="all-linear", description="all-linear, or a list of module names that get an adapter."
+    )
+
+
+class DataSection(Section):
+    """Prompts: what the model continues."""
+
+    train: Text = Field(description="JSONL, CSV or Parquet file, or Hub id, with one prompt a row.")
+    eval: Text | None = Field(
+        default=None, description="Held-out prompts; null = eval_split of train, or no evaluation."
+    )
+    split: Text = Field(default="train", description="Split of `train`; a single file has only the split train.")
+    eval_split: Text | None = Field(
+        default=None, description="Split of `eval` (of `train` when eval is null); null = the same name as split."
+    )
+    prompt_column: Text = Field(
+        default="prompt", description="Column with the prompt: text or a list of chat messages."
+    )
+    max_prompt_length: Annotated[Int, Field(ge=1)] = Field(
+        default=512, description="Longest prompt allowed, in tokens."
+    )
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        default="error", description="What happens to longer prompts; truncate keeps the end."
+    )
+
+
+class EpsilonSection(Section):
+    """Share of tokens that exploration writes: falls in a straight line from start to end."""
+
+    start: Share = Field(default=1.0, description="Share at step 0.")
+    end: Share = Field(default=0.05, description="Share from `steps` on; at most start.")
+    steps: Annotated[Int, Field(ge=0)] = Field(
+        default=100, description="Learner steps that the fall takes; 0 = end at once."
+    )
+
+
+class RolloutSection(Section):
+    """How completions are written."""
+
+    engine: Literal["generate"] = Field(default="generate", description="What writes: transformers' generate.")
+    num_generations: Annotated[Int, Field(ge=1)] = Field(
+        default=1,
+        description="Completions a prompt. More lower the variety of prompts for the same number of reward calls.",
+    )
+    prompts_per_collect: Annotated[Int, Field(ge=1)] = Field(
+        default=64, description="Prompts continued in one collection, over all processes."
+    )
+    max_completion_length: Annotated[Int, Field(ge=1)] = Field(
+        default=64, description="Length cap of a completion, in tokens."
+    )
+    temperature: Annotated[Float, Field(ge=0)] = Field(default=1.0, description="Divides the logits; 0 = greedy.")
+    top_k: Annotated[Int, Field(ge=0)] = Field(default=0, description="Sample among the k most likely tokens; 0 = all.")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="Sample in the smallest set of this probability; 1 = all."
+    )
+    min_p: Share | None = Field(
+        default=None, description="Leave out tokens below this share of the likeliest one's probability; null = none."
+    )
+    epsilon: EpsilonSection = Field(
+        default_factory=EpsilonSection, description="Schedule of the share of exploring tokens: start, end, steps."
+    )
+    explore: Literal["prior", "uniform"] = Field(
+        default="prior",
+        description="Exploring tokens come from the base model, or from the whole vocabulary (textbook).",
+    )
+
+
+class RewardSection(Section):
+    """What judges whole completions."""
+
+    funcs: list[Text] = Field(
+        min_length=1, description="file.py:function, package.module:function, or folder or Hub id of a reward model."
+    )
+    weights: list[Float] | None = Field(
+        default=None, description="Factor of each reward function in the sum; null = 1 each."
+    )
+    on_error: Literal["fail", "skip"] | Float = Field(
+        "fail",
+        description="When a reward function raises: fail stops the run, skip drops the rows, a number stands in.",
+    )
+    timeout: Annotated[Float, Field(gt=0)] | None = Field(
+        default=None, description="Seconds a call of a reward function may take; null = no limit."
+    )
+
+
+class DQNSection(Section):
+    """The learning rule."""
+
+    q_head: Literal["lm", "linear"] = Field(
+        default="lm",
+        description="lm: Q = V + beta * log-ratio of the tuned to the base model; linear: a new layer (textbook).",
+    )
+    beta: Annotated[Float, Field(gt=0)] = Field(
+        default=0.1, description="Price of leaving the base model, in reward per nat; lower = more reward, more drift."
+    )
+    gamma: Annotated[Float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="Discount a token; below 1 pays for brevity (0.99^256 = 0.08)."
+    )
+    backup: Literal["soft", "max"] = Field(
+        default="soft", description="Value of a state: soft maximum, or maximum (textbook)."
+    )
+    double: StrictBool = Field(
+        default=False, description="The online network picks, the target network values; with backup max."
+    )
+    n_step: Annotated[Int, Field(ge=1)] | None = Field(
+        default=None, description="Tokens before the target bootstraps; 1 = textbook, null = lambda-return with lam."
+    )
+    lam: Share = Field(
+        default=0.95, description="Mixture over n of n-step returns; 1 = to the end. Used while n_step is null."
+    )
+    corrected: StrictBool = Field(
+        default=True,
+        description="Subtract beta * log-ratio inside multi-step returns, which makes old episodes unbiased.",
+    )
+    loss: Literal["mse", "huber"] = Field(
+        default="mse", description="Of the TD error; huber is biased for yes/no rewards."
+    )
+    target: Literal["adapter", "head"] = Field(
+        default="adapter",
+        description="adapter: a lagging copy of adapter and head; head: of the head only, the trunk drifts.",
+    )
+    target_sync_steps: Annotated[Int, Field(ge=1)] = Field(
+        default=50, description="Learner steps between target updates."
+    )
+    target_tau: Annotated[Float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="Share of the online network in a target update; 1 = copy."
+    )
+    prior: Literal["lm", "uniform"] = Field(
+        default="lm", description="Policy that Q is measured against; uniform (textbook) forgets the language model."
+    )
+    support_top_k: Annotated[Int, Field(ge=0)] = Field(
+        default=0, description="Only the base model's k likeliest tokens are actions; 0 = the whole vocabulary."
+    )
+    advantage_weight: Annotated[Float, Field(ge=0)] = Field(
+        default=1.0,
+        description="Weight of the term that makes tokens of positive advantage likelier; 0 = TD loss alone.",
+    )
+    expectile: Annotated[Float, Field(ge=0.5, lt=1)] | None = Field(
+        default=None,
+        description="Fit V as this expectile of Q, for logged data (ILQL); null = off. With q_head linear.",
+    )
+    cql_weight: Annotated[Float, Field(ge=0)] = Field(
+        default=0.0, description="Weight of the penalty on Q of tokens nobody wrote, for logged data."
+    )
+    truncated: Literal["terminal", "bootstrap"] = Field(
+        default="terminal", description="A completion cut at the length cap ends there, or is valued as if it went on."
+    )
+
+
+class ReplaySection(Section):
+    """What is remembered and how often it is learned from."""
+
+    capacity: Annotated[Int, Field(ge=1)] = Field(
+        default=4096, description="Episodes kept a process; the oldest go first."
+    )
+    learning_starts: Annotated[Int, Field(ge=1)] = Field(
+        default=64, description="Episodes a process before the first update."
+    )
+    updates_per_collect: Annotated[Int, Field(ge=1)] = Field(
+        default=4, description="Learner steps between collections; more = fewer reward calls a step, older data."
+    )
+    prioritized: StrictBool = Field(default=False, description="Sample by TD error; needs success_share 0.")
+    success_share: Share = Field(
+        default=0.7, description="Share of a batch drawn from episodes with rewards above the median; 0 = uniform."
+    )
+    warm_start: Text | None = Field(
+        default=None, description="JSONL of prompt, completion, reward that fills the buffer before step 0."
+    )
+
+
+class TrainSection(Section):
+    """The run: how long, how fast, what is written where."""
+
+    output_dir: Text = Field(description="Folder of the run: recipe, metrics, adapter, checkpoints.")
+    learning_rate: Annotated[Float, Field(ge=0)] = Field(default=1.0e-4, description="Peak rate of the adapter.")
+    value_learning_rate: Annotated[Float, Field(ge=0)] = Field(
+        default=1.0e-3, description="Peak rate of the Q and V heads."
+    )
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(
+        default=0.0, description="AdamW's decay of the trained weights."
+    )
+    max_grad_norm: Annotated[Float, Field(gt=0)] = Field(
+        default=1.0, description="Longer gradients are scaled down to this."
+    )
+    warmup_steps: Annotated[Int, Field(ge=0)] = Field(default=0, description="Learner steps from rate 0 to the peak.")
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        default="constant", description="Course of both rates over max_steps."
+    )
+    per_device_train_batch_size: Annotated[Int, Field(ge=1)] = Field(
+        default=32, description="Episodes in one forward and backward pass of a process."
+    )
+    gradient_accumulation_steps: Annotated[Int, Field(ge=1)] = Field(
+        default=1, description="Passes in one learner step."
+    )
+    max_steps: Annotated[Int, Field(ge=1)] = Field(default=500, description="Learner steps in all.")
+    max_scored_completions: Annotated[Int, Field(ge=1)] | None = Field(
+        default=None, description="Budget of completions given to the rewards while training; null = no limit."
+    )
+    seed: Annotated[Int, Field(ge=0)] = Field(default=0, description="Seed of everything random.")
+    bf16: StrictBool = Field(default=False, description="bfloat16 autocast in the trunk; Q and losses stay float32.")
+    gradient_checkpointing: StrictBool = Field(default=False, description="Recompute activations: less memory, slower.")
+    logging_steps: Annotated[Int, Field(ge=1)] = Field(
+        default=10, description="Learner steps between lines of metrics."
+    )
+    eval_steps: Annotated[Int, Field(ge=0)] = Field(
+        default=50, description="Learner steps between evaluations; 0 = only after training."
+    )
+    eval_prompts: Annotated[Int, Field(ge=1)] = Field(
+        default=64, description="Held-out prompts used at most in an evaluation while training."
+    )
+    final_eval_prompts: Annotated[Int, Field(ge=1)] = Field(
+        default=256, description="Held-out prompts used at most in the evaluation after training."
+    )
+    save_steps: Annotated[Int, Field(ge=0)] = Field(
+        default=100, description="Learner steps between checkpoints; 0 = only at the end."
+    )
+    save_total_limit: Annotated[Int, Field(ge=1)] | None = Field(default=3, description="Checkpoints kept; null = all.")
+    report_to: Text | list[Text] = Field(
+        default="none", description="none, or trackers besides metrics.jsonl: tensorboard, wandb, trackio ..."
+    )
+    run_name: Text | None = Field(default=None, description="Name shown by trackers; null = name of output_dir.")

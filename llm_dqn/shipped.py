@@ -1,0 +1,65 @@
+"""Where things lie: the recipes, data and tiny models that come with the package, and paths written in a recipe."""
+
+import os
+import re
+from pathlib import Path
+
+from llm_dqn.errors import UserError
+from llm_dqn.recipe_yaml import nearest
+
+
+def shipped_root() -> Path:
+    """The folder that holds `recipes/` and `data/`: the package in a wheel, the repository root in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package if (package / "recipes").is_dir() else package.parent
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with the package."""
+    return {path.stem: path for path in sorted((shipped_root() / "recipes").glob("*.yaml"))}
+
+
+def find_recipe(path_or_name: str | os.PathLike[str]) -> tuple[str, str]:
+    """(path, text) of a recipe file, or of the shipped recipe of that name."""
+    typed = os.fspath(path_or_name)
+    shipped = shipped_recipes()
+    path = Path(typed).expanduser()
+    if not path.is_file():
+        name = path.name.removesuffix(".yaml")
+        # a bare name, or a path like recipes/quickstart.yaml typed away from the repository
+        if name in shipped and path.parent in (Path("."), Path("recipes")):
+            path = _for_people(shipped[name])
+        else:
+            close = nearest(name, shipped)
+            hint = f"; did you mean {close}?" if close else ""
+            kind = "is a folder" if path.is_dir() else "no such file"
+            raise UserError(f"recipe {typed}: {kind}, and no shipped recipe ({', '.join(shipped)}) has that name{hint}")
+    try:
+        return str(path), path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {typed}: cannot be read as text: {error}") from error
+
+
+def _for_people(path: Path) -> Path:
+    """Relative to the current folder where that is shorter to read."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def resolve_path(value: str, recipe_dir: str | os.PathLike[str] | None = None) -> str:
+    """Where a path written in a recipe lies: here, beside the recipe, or among the shipped files.
+
+    `file.py:function` and `folder#LABEL` keep their ending. What is found nowhere comes back unchanged: it may be a Hub
+    id, and whoever opens it says what is wrong with it.
+    """
+    match = re.fullmatch(r"(?P<path>.+\.py)(?P<rest>:\w+)|(?P<model>.+?)(?P<label>#.+)", value)
+    if match:
+        path, rest = match["path"] or match["model"], match["rest"] or match["label"]
+    else:
+        path, rest = value, ""
+    typed = Path(path).expanduser()
+    places = [Path("."), *([Path(recipe_dir)] if recipe_dir is not None else []), shipped_root()]
+    for place in places:
+        candidate = place / typed
+        if candidate.exists():
+            return str(candidate) + rest
+    return value
