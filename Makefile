@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# one thread a process is fastest for models this small, and makes runs repeat bit for bit
+RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install quickstart test check format bench clean
+
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## a virtual environment in .venv with everything that tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)  ## train the shipped tiny model against the shipped reward model
+	$(RUN) $(BIN)/llm-dqn train quickstart
+
+test: $(STAMP)  ## all tests that this machine can run
+	$(RUN) $(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint, types, and which file may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: $(STAMP)  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## the fast benchmarks: every textbook switch against the default
+	$(RUN) $(BIN)/python -m benchmarks.textbook --quick
+
+clean:  ## remove what was built; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
