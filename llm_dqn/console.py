@@ -1,0 +1,206 @@
+"""What people see of a run: a live panel in a terminal, plain lines anywhere else, and a table at the end.
+
+Text written by a model is never trusted with the terminal: control characters and rich's own markup are shown, not
+obeyed.
+"""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# (metric, label, format), in the order of a reading eye
+SHOWN = (
+    ("rollout/reward", "reward", ".3f"),
+    ("eval/reward", "held-out reward", ".3f"),
+    ("train/td_loss", "TD loss", ".4f"),
+    ("train/q_taken", "Q", ".3f"),
+    ("train/kl", "KL, nats a token", ".3f"),
+    ("rollout/epsilon", "epsilon", ".2f"),
+    ("rollout/length", "length, tokens", ".1f"),
+    ("replay/episodes", "episodes remembered", ",.0f"),
+    ("scored_completions", "completions scored", ",.0f"),
+    ("tokens_per_second", "tokens a second", ",.0f"),
+)
+COMPARED = (
+    ("reward", "reward, sampled (95 %)", ".3f"),
+    ("reward_greedy", "reward, greedy", ".3f"),
+    ("kl", "KL from the base, nats a token", ".3f"),
+    ("perplexity", "perplexity under the base", ".1f"),
+    ("length", "length, tokens", ".1f"),
+    ("distinct_2", "distinct pairs of tokens", ".3f"),
+)
+# C0 and C1 controls, DEL, and the marks that turn the direction of text around
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def plain(text: Any) -> str:
+    """Text of a model as one harmless line: line ends become ⏎, other control characters are spelled out."""
+    single = str(text).replace("\r\n", "\n").replace("\n", " ⏎ ").replace("\t", " ")
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", single)
+
+
+class Console:
+    """Shows a run. With `enabled` false (every process but the main one) it is silent."""
+
+    def __init__(self, enabled: bool = True, console: RichConsole | None = None) -> None:
+        self.enabled = enabled
+        self.rich = console or RichConsole(highlight=False)
+        self.animated = enabled and self.rich.is_terminal and not self.rich.is_dumb_terminal and "CI" not in os.environ
+        self._metrics: dict[str, Any] = {}
+        self._sample: tuple[str, str, float] | None = None
+        self._total_steps = 0
+        self._live: Live | None = None
+        self._progress: Progress | None = None
+
+    def say(self, message: str) -> None:
+        """One line, above the panel when there is one."""
+        if self.enabled:
+            self.rich.print(Text(message), soft_wrap=True)
+
+    @contextmanager
+    def live(self, total_steps: int) -> Iterator["Console"]:
+        """Shows progress while the context is open."""
+        self._total_steps = total_steps
+        if not self.animated:
+            yield self
+            return
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("gone,"),
+            TimeRemainingColumn(),
+            TextColumn("to go"),
+            console=self.rich,
+            expand=True,
+        )
+        self._progress.add_task("", total=total_steps)
+        with Live(get_renderable=self._panel, console=self.rich, refresh_per_second=4) as self._live:
+            try:
+                yield self
+            finally:
+                self._live.refresh()
+                self._live = None
+
+    def sample(self, prompt: Any, completion: str, reward: float) -> None:
+        """The completion that the panel shows until the next one; `prompt` is text or chat messages."""
+        self._sample = (_last_message(prompt), completion, reward)
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """New values by their names in `metrics.jsonl`; names that are absent keep their last value."""
+        if not self.enabled:
+            return
+        fresh = {name: value for name, value in metrics.items() if value is not None}
+        self._metrics |= fresh
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=int(self._metrics.get("step", 0)))
+        if not self.animated:
+            facts = [f"{label.split(',')[0]} {form(fresh[name], spec)}" for name, label, spec in SHOWN if name in fresh]
+            step = f"step {fresh.get('step', '?')}" + (f"/{self._total_steps}" if self._total_steps else "")
+            self.say("  ".join([step, *facts]))
+
+    def _panel(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 2), expand=True)
+        for _ in range(4):
+            grid.add_column()
+        cells = [
+            Text.assemble((f"{label}  ", "dim"), (form(self._metrics[name], spec), "bold"))
+            for name, label, spec in SHOWN
+            if name in self._metrics
+        ]
+        for start in range(0, len(cells), 4):
+            grid.add_row(*cells[start : start + 4])
+        parts: list[RenderableType] = [grid] if cells else [Text("the first completions are being written ...", "dim")]
+        if self._sample is not None:
+            prompt, completion, reward = self._sample
+            text = Text.assemble(
+                (plain(prompt)[-200:], "dim"), " ", plain(completion)[:400], (f"  {reward:.3f}", "bold")
+            )
+            parts += [Text(""), text]
+        if self._progress is not None:
+            parts += [Text(""), self._progress]
+        return Panel(Group(*parts), title="llm-dqn", border_style="cyan")
+
+    def final_table(
+        self,
+        base: Mapping[str, Any],
+        tuned: Mapping[str, Any],
+        win_rate: float | None = None,
+        samples: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Before and after. `base` and `tuned` hold what `evaluation.json` does; each of `samples` has `prompt`,
+        `base`, `base_reward`, `tuned`, `tuned_reward`.
+        """
+        if not self.enabled:
+            return
+        table = Table(title="before and after, on held-out prompts", box=box.SIMPLE_HEAD, title_justify="left")
+        for name, justify in (("", "left"), ("base model", "right"), ("tuned", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for name, label, spec in COMPARED:
+            if name in base or name in tuned:
+                table.add_row(label, _with_interval(base, name, spec), _with_interval(tuned, name, spec))
+        if win_rate is not None:
+            table.add_row("tuned scores higher", "", form(win_rate, ".0%"))
+        self.rich.print(table)
+        if samples:
+            self.rich.print(self._side_by_side(samples))
+
+    def _side_by_side(self, samples: Sequence[Mapping[str, Any]]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, show_lines=True, expand=True)
+        for name in ("prompt", "base model writes", "tuned model writes"):
+            table.add_column(name, ratio=1, overflow="fold")
+        for sample in samples:
+            written = [
+                Text.assemble(plain(sample[who]), (f"  {form(sample[f'{who}_reward'], '.3f')}", "bold"))
+                for who in ("base", "tuned")
+            ]
+            table.add_row(Text(plain(sample["prompt"])), *written)
+        return table
+
+    def where(self, folder: str | os.PathLike[str]) -> None:
+        """Where everything lies, and what to type next."""
+        run, typed = Path(folder), shlex.quote(os.fspath(folder))
+        files = (
+            ("adapter", "the tuned model, as an ordinary PEFT adapter"),
+            ("model", "the tuned model"),
+            ("metrics.jsonl", "a line of numbers a log step"),
+            ("samples.jsonl", "what was written, and its reward"),
+            ("evaluation.json", "the table above"),
+            ("recipe.yaml", "every setting of this run"),
+        )
+        lines = [f"  {run / name!s:<40} {what}" for name, what in files if (run / name).exists()]
+        self.say("\n".join(["Everything is in", *lines]))
+        self.say(
+            "Next:\n"
+            f"  llm-dqn generate {typed} --prompts FILE --output FILE    let it write\n"
+            f"  llm-dqn evaluate {typed}    measure it again"
+        )
+
+
+def form(value: Any, spec: str) -> str:
+    """A number as people read it; a dash where there is none."""
+    return "-" if value is None or (isinstance(value, float) and not math.isfinite(value)) else format(value, spec)
+
+
+def _with_interval(figures: Mapping[str, Any], name: str, spec: str) -> str:
+    text, interval = form(figures.get(name), spec), figures.get(f"{name}_ci")
+    return f"{text} ({form(interval[0], spec)} to {form(interval[1], spec)})" if interval else text
+
+
+def _last_message(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

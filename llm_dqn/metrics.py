@@ -1,0 +1,164 @@
+"""Numbers of a run: averaged between log steps, one JSON object a line in `metrics.jsonl`, and on to any tracker.
+
+Names say where a number comes from: `rollout/` what the behaviour policy wrote, `train/` what learning saw, `replay/`
+what is remembered, `eval/` held-out prompts.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from llm_dqn.errors import UserError
+
+EXTRAS = ("tensorboard", "wandb", "trackio")  # trackers with an extra of this package
+
+
+class MetricsLog:
+    """Averages values until `log`, which writes them as one line. All processes add and log; the main one writes.
+
+    path: the JSON Lines file, appended to. accelerator: sums over processes and feeds trackers; None for one process
+    without trackers.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], accelerator: Accelerator | None = None) -> None:
+        self.path = Path(path)
+        self.accelerator = accelerator
+        self.main = accelerator is None or accelerator.is_main_process
+        self._means: dict[str, tuple[Tensor | float, float]] = {}  # name -> (sum, how many)
+        self._rates: dict[str, tuple[float, float]] = {}  # name -> (units, seconds)
+        self._earlier_seconds = 0.0  # spent before the run was resumed
+        self._started = time.monotonic()
+        self._nonfinite = 0
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        """One more value of a mean. A 0-d tensor stays on its device, so that nothing waits for it before `log`."""
+        if isinstance(value, Tensor):
+            value = value.detach().float()
+        total, count = self._means.get(name, (0.0, 0))
+        self._means[name] = (total + value, count + 1)
+
+    def add_rate(self, name: str, units: float, seconds: float) -> None:
+        """So many units in so many seconds; the line holds units a second, all processes together."""
+        total, spent = self._rates.get(name, (0.0, 0.0))
+        self._rates[name] = (total + units, spent + seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time since the start, over all resumptions."""
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    def log(self, step: int, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Writes a line with everything added since the last one, plus `facts` as they are; returns the line.
+
+        NaN and infinity are no JSON: they become null, and `nonfinite_values` counts them from the start of the run.
+        """
+        values = self._merged() | {name: _number(value) for name, value in (facts or {}).items()}
+        self._means, self._rates = {}, {}
+        bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        self._nonfinite += len(bad)
+        values |= dict.fromkeys(bad)
+        if self._nonfinite:
+            values["nonfinite_values"] = self._nonfinite
+        first = {"step": step, "scored_completions": values.pop("scored_completions", None)}
+        line = first | {"seconds": round(self.seconds, 3)} | values
+        if self.main:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line, allow_nan=False) + "\n")
+        if self.accelerator is not None:
+            self.accelerator.log({k: v for k, v in line.items() if v is not None and k != "step"}, step=step)
+        return line
+
+    def _merged(self) -> dict[str, float]:
+        """Means and rates over all processes."""
+        mine = {
+            "means": {name: (float(total), count) for name, (total, count) in self._means.items()},
+            "rates": self._rates,
+        }
+        everyone = [mine]
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            everyone = gather_object([mine])
+        means, rates = (_summed([part[kind] for part in everyone]) for kind in ("means", "rates"))
+        # processes work side by side: their seconds overlap
+        return {name: total / count for name, (total, count) in means.items()} | {
+            name: units / max(seconds / len(everyone), 1e-9) for name, (units, seconds) in rates.items()
+        }
+
+    def truncate_to(self, step: int) -> None:
+        """Drops lines after `step`, so that a resumed run writes none twice.
+
+        A torn last line, which a killed process leaves, is dropped as well.
+        """
+        if not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def state(self) -> dict[str, Any]:
+        """What the next line depends on, as plain JSON."""
+        return {
+            "means": {name: [float(total), count] for name, (total, count) in self._means.items()},
+            "rates": {name: list(pair) for name, pair in self._rates.items()},
+            "seconds": self.seconds,
+            "nonfinite": self._nonfinite,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state`, which the main process wrote: its open means are its own alone."""
+        if self.main:
+            self._means = {name: (total, count) for name, (total, count) in state["means"].items()}
+            self._rates = {name: (units, seconds) for name, (units, seconds) in state["rates"].items()}
+        self._earlier_seconds, self._started = state["seconds"], time.monotonic()
+        self._nonfinite = state["nonfinite"]
+
+
+def _summed(parts: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Pairs added by name; a name need not occur on every process."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        for name, (first, second) in part.items():
+            so_far = totals.get(name, (0.0, 0.0))
+            totals[name] = (so_far[0] + first, so_far[1] + second)
+    return totals
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
+def open_trackers(
+    accelerator: Accelerator, names: Sequence[str], run_name: str, folder: str | os.PathLike[str]
+) -> None:
+    """Starts Accelerate's trackers, which `MetricsLog.log` then feeds; local ones write below `folder`.
+
+    Raises UserError for a tracker that nobody knows or that is not installed.
+    """
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise UserError(f"train.report_to: no tracker is called {name!r}; known are none, {', '.join(known)}")
+        if name not in available:
+            what = f"llm-dqn[{name}]" if name in EXTRAS else name
+            raise UserError(f"train.report_to: {name} is not installed; pip install '{what}', or set report_to: none")
+    if names:
+        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.log_with = list(names)
+        accelerator.init_trackers(run_name)
