@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """The input was fine and the run failed all the same; the command line exits with 1."""
+
+
+class NotReachable(UserError):
+    """Something that lies on the Hub cannot be had now: not in the cache, and no connection (or no such repository)."""

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llm_dqn import card, checkpoint
+from llm_dqn import __version__, card, checkpoint
 from llm_dqn.console import Console
 from llm_dqn.errors import RunError
 from llm_dqn.metrics import MetricsLog, open_trackers
@@ -213,5 +213,5 @@ def _text(prompt: Any) -> str:
 
 
 def _versions() -> str:
-    names = ("llm-dqn", "torch", "transformers", "peft", "accelerate", "datasets")
-    return "".join(f"# {name} {version(name)}\n" for name in names)
+    names = ("torch", "transformers", "peft", "accelerate", "datasets")
+    return f"# llm-dqn {__version__}\n" + "".join(f"# {name} {version(name)}\n" for name in names)

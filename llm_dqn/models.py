@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm_dqn.errors import UserError
+from llm_dqn.errors import NotReachable, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
-        raise UserError(explain_loading(path, revision, "tokenizer", error)) from error
+        raise loading_error(path, revision, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of '{path}' has no end-of-sequence token, so no completion could ever end; "
@@ -82,7 +82,7 @@ def load_causal_lm(
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
-        raise UserError(explain_loading(path, revision, "model", error)) from error
+        raise loading_error(path, revision, "model", error) from error
     _check_causal(path, config)
     check_safetensors(path)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -97,7 +97,7 @@ def load_causal_lm(
             **options,
         )
     except _LOADING_ERRORS as error:
-        raise UserError(explain_loading(path, revision, "model", error)) from error
+        raise loading_error(path, revision, "model", error) from error
     model, loading = loaded
     refuse_missing_weights(path, loading["missing_keys"])
     return model.eval()
@@ -164,19 +164,19 @@ def refuse_missing_weights(path: str, missing: Iterable[str]) -> None:
         raise UserError(f"the files of '{path}' lack {len(names)} weights that would start at random: {shown}")
 
 
-def explain_loading(path: str, revision: str | None, part: str, error: BaseException) -> str:
+def loading_error(path: str, revision: str | None, part: str, error: BaseException) -> UserError:
     """What went wrong while a model or tokenizer was loaded, in one sentence for people."""
     text = str(error)
     where = f"'{path}'" + (f" at revision '{revision}'" if revision else "")
     if "trust_remote_code" in text:
-        return f"{where} brings its own code; if you trust it, set trust_remote_code: true (and pin model_revision)"
+        return UserError(f"{where} brings its own code; if you trust it, set trust_remote_code: true (pin model_revision)")
     if "tokenizer" in part and Path(path).is_dir() and isinstance(error, OSError | ValueError):
-        return f"{where} holds no usable tokenizer; save one there with tokenizer.save_pretrained(folder)"
+        return UserError(f"{where} holds no usable tokenizer; save one there with tokenizer.save_pretrained(folder)")
     if isinstance(error, OSError) and "safetensors" in text:
-        return _no_safetensors(path)
+        return UserError(_no_safetensors(path))
     if isinstance(error, OSError) and not Path(path).is_dir():
-        return f"{where} is neither a local folder nor reachable on the Hub ({_first_sentence(text)})"
-    return f"the {part} {where} could not be loaded: {type(error).__name__}: {_first_sentence(text)}"
+        return NotReachable(f"{where} is neither a local folder nor reachable on the Hub ({_first_sentence(text)})")
+    return UserError(f"the {part} {where} could not be loaded: {type(error).__name__}: {_first_sentence(text)}")
 
 
 def _first_sentence(text: str) -> str:

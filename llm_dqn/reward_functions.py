@@ -97,7 +97,7 @@ def _from_hub(spec: str, path: str, label: str | None, device: str | torch.devic
     try:
         return RewardFunction(RewardModel(path, label, device=device))
     except UserError as error:
-        raise error if "/" in path else UserError(f"reward '{spec}': {error}; {hint}") from error
+        raise error if "/" in path else type(error)(f"reward '{spec}': {error}; {hint}") from error
 
 
 def _from_file(spec: str, place: str, name: str, folders: Sequence[Path]) -> RewardFunction:

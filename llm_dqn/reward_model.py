@@ -14,7 +14,7 @@ from llm_dqn.models import (
     check_model_folder,
     check_safetensors,
     ensure_pad_token,
-    explain_loading,
+    loading_error,
     refuse_missing_weights,
 )
 from llm_dqn.tables import did_you_mean
@@ -57,7 +57,7 @@ class RewardModel:
         except UserError:
             raise
         except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-            raise UserError(explain_loading(path, revision, "reward model", error)) from error
+            raise loading_error(path, revision, "reward model", error) from error
         self.model, loading = loaded
         refuse_missing_weights(path, loading["missing_keys"])
         ensure_pad_token(self.tokenizer, path)

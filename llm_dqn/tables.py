@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_dqn.errors import UserError
+from llm_dqn.errors import NotReachable, UserError
 
 Row = dict[str, Any]
 
@@ -159,7 +159,7 @@ def _read_dataset(source: str, split: str) -> list[Row]:
     except UserError:
         raise
     except Exception as error:  # the datasets library raises of many kinds for one fact: it cannot be had
-        raise UserError(_explain_dataset(source, split, path.is_dir(), error)) from error
+        raise _dataset_error(source, split, path.is_dir(), error) from error
     return loaded.to_list()
 
 
@@ -168,15 +168,15 @@ def _check_split(source: str, split: str, splits: Iterable[str]) -> None:
         raise UserError(f"'{source}' has no split '{split}'{did_you_mean(split, splits)} (splits: {', '.join(splits)})")
 
 
-def _explain_dataset(source: str, split: str, local: bool, error: Exception) -> str:
+def _dataset_error(source: str, split: str, local: bool, error: Exception) -> UserError:
     text = str(error)
     if "split" in text.lower():
-        return f"'{source}' has no split '{split}' ({_line(error)})"
+        return UserError(f"'{source}' has no split '{split}' ({_line(error)})")
     if "config name" in text.lower():
-        return f"'{source}' has several configurations; write 'id:config' ({' '.join(text.split())})"
+        return UserError(f"'{source}' has several configurations; write 'id:config' ({' '.join(text.split())})")
     if local:
-        return f"the folder '{source}' holds no data that can be read ({_line(error)})"
-    return f"'{source}' is neither a local file nor reachable on the Hub ({_line(error)})"
+        return UserError(f"the folder '{source}' holds no data that can be read ({_line(error)})")
+    return NotReachable(f"'{source}' is neither a local file nor reachable on the Hub ({_line(error)})")
 
 
 def _from_memory(source: Any) -> list[Row]:

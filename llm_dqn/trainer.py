@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_dqn import checkpoint, evaluation, losses
-from llm_dqn.assembly import Parts, assemble, inputs_from_python, inputs_of, recipe_text, stream_seed, trackers
+from llm_dqn.assembly import Inputs, Parts, assemble, inputs_from_python, inputs_of, recipe_text, stream_seed, trackers
 from llm_dqn.errors import RunError
 from llm_dqn.hub import upload
 from llm_dqn.logbook import Logbook
@@ -61,8 +61,12 @@ class DQNTrainer:
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "DQNTrainer":
         """The same trainer from a recipe."""
+        return cls.of_inputs(*inputs_of(recipe), recipe)
+
+    @classmethod
+    def of_inputs(cls, args: DQNConfig, inputs: Inputs, recipe: Recipe | None = None) -> "DQNTrainer":
+        """The same trainer from what is loaded already."""
         trainer = cls.__new__(cls)
-        args, inputs = inputs_of(recipe)
         trainer._start(args, assemble(args, inputs), recipe)
         return trainer
 
