@@ -27,7 +27,7 @@ from llm_dqn.recipe_sections import (
     TrainSection,
 )
 from llm_dqn.recipe_yaml import Document, Problem, RecipeError, apply_override, nearest, read_yaml
-from llm_dqn.shipped import find_recipe, resolve_path, shipped_recipes, shipped_root
+from llm_dqn.shipped import copy_recipe, find_recipe, resolve_path, shipped_recipes, shipped_root
 
 __all__ = [
     "DQNConfig",
@@ -43,8 +43,12 @@ __all__ = [
     "RewardSection",
     "RolloutSection",
     "TrainSection",
+    "copy_recipe",
     "dump_recipe",
+    "find_recipe",
+    "in_file_order",
     "load_recipe",
+    "load_recipe_partially",
     "nearest",
     "parse_recipe",
     "parse_recipe_partially",
@@ -153,6 +157,14 @@ def load_recipe(path_or_name: str | os.PathLike[str], overrides: Sequence[str] =
     return parse_recipe(text, path, overrides)
 
 
+def load_recipe_partially(
+    path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> tuple[Recipe | None, list[Problem]]:
+    """As `parse_recipe_partially`, of a file or a shipped recipe. Raises UserError where there is no such recipe."""
+    path, text = find_recipe(path_or_name)
+    return parse_recipe_partially(text, path, overrides)
+
+
 def parse_recipe(text: str, source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a text. `source` is the file it came from: it names errors and finds relative paths."""
     recipe, problems = parse_recipe_partially(text, source, overrides)
@@ -190,7 +202,7 @@ def parse_recipe_partially(
         for keys, message in _conflicts(recipe)
         if already_broken.isdisjoint(map(_dotted, keys))
     ]
-    return recipe, _in_file_order(problems + broken + conflicts)
+    return recipe, in_file_order(problems + broken + conflicts)
 
 
 def _dotted(leaf: str) -> str:
@@ -226,7 +238,7 @@ def _usable_section(section: type[Section], given: dict[str, Any], path: str, ba
     return section.model_validate(fields | stand_ins).model_copy(update=missing)
 
 
-def _in_file_order(problems: list[Problem]) -> list[Problem]:
+def in_file_order(problems: list[Problem]) -> list[Problem]:
     """By line; what has no line (missing keys, overrides) comes last."""
     return sorted(dict.fromkeys(problems), key=lambda problem: (problem.line is None, problem.line or 0))
 

@@ -40,6 +40,21 @@ def find_recipe(path_or_name: str | os.PathLike[str]) -> tuple[str, str]:
         raise UserError(f"recipe {typed}: cannot be read as text: {error}") from error
 
 
+def copy_recipe(path_or_name: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
+    """Writes a copy to a file or into a folder; returns the file. Raises UserError rather than overwrite one."""
+    path, text = find_recipe(path_or_name)
+    target = Path(destination).expanduser()
+    target = target / Path(path).name if target.is_dir() else target
+    if target.exists():
+        raise UserError(f"{target} exists already; remove it or choose another name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+    return target
+
+
 def _for_people(path: Path) -> Path:
     """Relative to the current folder where that is shorter to read."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

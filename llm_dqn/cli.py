@@ -1,0 +1,193 @@
+"""The command line: commands, nothing else. Heavy imports happen inside them, so that --help answers at once."""
+
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from llm_dqn.errors import RunError, UserError
+
+app = typer.Typer(
+    help="Deep Q-learning that fine-tunes a language model against a reward. Begin with: llm-dqn train quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="The shipped recipes.", invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Overrides by dotted path, such as train.max_steps=100."),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, an adapter, a Hub adapter or a plain model.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+) -> None:
+    """Train: write, score, remember, learn."""
+    from llm_dqn.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    if num_processes > 1:
+        from llm_dqn.launch import launch_processes
+
+        again = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
+        sys.exit(launch_processes(num_processes, again))
+    from llm_dqn.trainer import DQNTrainer
+
+    DQNTrainer.from_recipe(loaded).train(resume=resume)
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Validate everything without training: keys, data, model, rewards, sizes, one rollout and one update."""
+    from llm_dqn.recipe import RecipeError, in_file_order, load_recipe_partially
+
+    loaded, problems = load_recipe_partially(recipe, overrides or ())
+    lines: list[str] = []
+    if loaded is not None:
+        from llm_dqn.preflight import preflight
+
+        more, lines = preflight(loaded)
+        problems += more
+    for line in lines:
+        typer.echo(line)
+    if problems:
+        raise RecipeError(in_file_order(problems))
+    typer.echo("ok")
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompts: Annotated[str, typer.Option(help="File with a prompt a row: JSONL, CSV or Parquet.")],
+    output: Annotated[str, typer.Option(help="JSONL to write: prompt, completion.")],
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token always, instead of sampling.")] = False,
+    beta_scale: Annotated[
+        float | None, typer.Option(help="How far to follow what was learned: 0 = base model, 1 = tuned, 2 = twice.")
+    ] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1, help="Length cap in tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Write completions of a file of prompts."""
+    from llm_dqn.inference import generate_file
+
+    count = generate_file(
+        run,
+        prompts,
+        output,
+        greedy=greedy,
+        beta_scale=beta_scale,
+        max_completion_length=max_completion_length,
+        seed=seed,
+    )
+    typer.echo(f"{count} completions written to {output}")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    prompts: Annotated[str | None, typer.Option(help="Held-out prompts; a run folder knows its own.")] = None,
+    output: Annotated[str | None, typer.Option(help="JSON to write.")] = None,
+    rewards: Annotated[
+        list[str] | None, typer.Option(help="Reward as in a recipe, again for each; a run folder knows its own.")
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="Use at most this many prompts.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Measure base against tuned on held-out prompts."""
+    from llm_dqn.console import Console
+    from llm_dqn.inference import evaluate_run
+
+    report, _ = evaluate_run(
+        run, prompts=prompts, output=output, reward_specs=rewards or (), seed=seed, max_prompts=max_prompts
+    )
+    Console().final_table(report["base"], report["tuned"], report["win_rate"])
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the shipped recipes, or show or copy one."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes_app.command("ls")
+def list_recipes() -> None:
+    """Name and purpose of each."""
+    from llm_dqn.recipe import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        typer.echo(f"{name:<14} {first.removeprefix('#').strip()}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print one."""
+    from llm_dqn.recipe import find_recipe
+
+    typer.echo(find_recipe(name)[1], nl=False)
+
+
+@recipes_app.command("cp")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="File or folder; nothing is overwritten.")],
+) -> None:
+    """Copy one, to change it."""
+    from llm_dqn.recipe import copy_recipe
+
+    copied = copy_recipe(name, path)
+    typer.echo(f"{copied} written; start it with: llm-dqn train {copied}")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Also look at a folder or Hub id.")] = None,
+) -> None:
+    """Say what this machine has, and whether a model can be used."""
+    from llm_dqn.doctor import examine
+
+    for line in examine(model):
+        typer.echo(line)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors that complete and check YAML."""
+    import json
+
+    from llm_dqn.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command. Exits with 0 (good), 1 (the run failed), 2 (wrong input), 130 or 143 (stopped by a signal)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    try:
+        app(args=arguments, prog_name="llm-dqn")
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(2)
+    except RunError as error:
+        typer.echo(f"the run failed: {error}", err=True)
+        sys.exit(1)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Unwinds, so that temporary files go, with the exit code that shells expect."""
+    sys.exit(128 + number)
