@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from llm_dqn import data, losses, models, replay, schedules, targets
 from llm_dqn.adapters import LoraConfig, lora_config, lora_facts
 from llm_dqn.errors import UserError
+from llm_dqn.launch import accelerator_for
 from llm_dqn.network import Backup, QNetwork
 from llm_dqn.recipe import FLAT_SECTIONS, DQNConfig, Recipe, dump_recipe, with_resolved_paths
 from llm_dqn.replay import PrefixReplay, SamplingRule
@@ -163,8 +163,8 @@ def inputs_from_python(
 
 def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     """Wires the parts; after this nothing is missing that training needs."""
-    unused = args.q_head == "linear"  # a linear head leaves the LM's output layer without gradient
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
+    # A linear head leaves the LM's output layer without gradient.
+    accelerator = accelerator_for(find_unused_parameters=args.q_head == "linear")
     model = inputs.model.to(accelerator.device)
     torch.manual_seed(args.seed)  # LoRA and heads start alike on every process
     network = QNetwork(

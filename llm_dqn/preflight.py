@@ -5,6 +5,7 @@ are there, one rollout and one update are run on the real model.
 """
 
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -192,13 +193,15 @@ def _one_step(
     lora = None if recipe.lora is None else lora_config(**dict(recipe.lora))
 
     def step() -> tuple[float, float, Sequence[float]]:
-        trainer = DQNTrainer.of_inputs(args, Inputs(model, tokenizer, *prompts, rewards, lora))
-        started = time.perf_counter()
-        trainer.collect()
-        collected = time.perf_counter()
-        batch = trainer.sample()
-        trainer.update([batch], [trainer.td_target(batch)])
-        return collected - started, time.perf_counter() - collected, trainer.replay.rewards.tolist()
+        with tempfile.TemporaryDirectory() as elsewhere:  # nothing of this is the run's
+            here = args.model_copy(update={"output_dir": elsewhere})
+            trainer = DQNTrainer.of_inputs(here, Inputs(model, tokenizer, *prompts, rewards, lora))
+            started = time.perf_counter()
+            trainer.collect()
+            collected = time.perf_counter()
+            batch = trainer.sample()
+            trainer.update([batch], [trainer.td_target(batch)])
+            return collected - started, time.perf_counter() - collected, trainer.replay.rewards.tolist()
 
     done = found.attempt("train", "", step)
     if done is not None:

@@ -1,0 +1,54 @@
+"""Starting several processes, and being sure that they did start."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from llm_dqn.errors import RunError, UserError
+
+WORLD_SIZE = "LLM_DQN_WORLD_SIZE"  # how many processes were asked for
+
+
+def launch_processes(count: int, arguments: Sequence[str]) -> int:
+    """Runs `python -m llm_dqn ARGUMENTS` in `count` processes of this machine by torch's launcher; its exit code.
+
+    Raises UserError when there are fewer GPUs than processes on a machine that has any.
+    """
+    if count < 1:
+        raise UserError(f"--num-processes must be at least 1, got {count}")
+    gpus = torch.cuda.device_count()
+    if gpus and count > gpus:
+        raise UserError(f"--num-processes {count}: this machine has {gpus} GPUs")
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    os.environ[WORLD_SIZE] = str(count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    try:
+        main(["--standalone", f"--nproc-per-node={count}", "-m", "llm_dqn", *arguments])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    finally:
+        del os.environ[WORLD_SIZE]
+    return 0
+
+
+def accelerator_for(find_unused_parameters: bool) -> Accelerator:
+    """Accelerate on whatever started this process. Without a GPU several processes talk over gloo.
+
+    Raises RunError when fewer processes run than were asked for: a second one that silently did not start would train
+    on half of everything without a word.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    accelerator = Accelerator(
+        cpu=several and not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+    )
+    wanted = int(os.environ.get(WORLD_SIZE, os.environ.get("WORLD_SIZE", "1")))
+    if accelerator.num_processes != wanted:
+        raise RunError(f"{wanted} processes were asked for and {accelerator.num_processes} run")
+    return accelerator

@@ -1,0 +1,282 @@
+"""The loop end to end on a tiny model: what it is given in Python, what it leaves behind, and that it goes on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from llm_dqn import DQNConfig, DQNTrainer
+from llm_dqn.errors import RunError, UserError
+from llm_dqn.recipe import load_recipe
+from tests.networks import lora
+
+WORDS = ("the film was", "i hated", "what a lovely", "a dull", "User: hello", "the plot and", "two friends", "3 of 10")
+ROWS = [{"prompt": f"{word} {number}", "wanted": "e"} for number in range(4) for word in WORDS]
+SMALL = {
+    "max_steps": 6,
+    "max_completion_length": 6,
+    "prompts_per_collect": 8,
+    "learning_starts": 8,
+    "updates_per_collect": 2,
+    "per_device_train_batch_size": 8,
+    "capacity": 64,
+    "target_sync_steps": 2,
+    "logging_steps": 2,
+    "eval_steps": 3,
+    "save_steps": 3,
+    "eval_prompts": 4,
+    "final_eval_prompts": 4,
+    "learning_rate": 1e-2,
+}
+
+
+def letters(prompts, completions, wanted, **columns):
+    """Share of wanted letters; a reward with an extra column, as TRL's are."""
+    return [text.count(letter) / max(len(text), 1) for text, letter in zip(completions, wanted, strict=True)]
+
+
+def trainer(path: str, folder: Path, reward=letters, peft_config="lora", dataset=None, **options) -> DQNTrainer:
+    config = lora() if peft_config == "lora" else peft_config
+    args = DQNConfig(output_dir=str(folder), **(SMALL | options))
+    return DQNTrainer(path, reward, args, dataset or Dataset.from_list(ROWS), peft_config=config)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_from_python_leaves_what_the_contract_says(tiny_llama_path, tmp_path):
+    report = trainer(tiny_llama_path, tmp_path / "run").train()
+    run = tmp_path / "run"
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    assert names >= {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.json",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/q_head.safetensors",
+        "adapter/tokenizer.json",
+        "adapter/README.md",
+        "checkpoints/step-000006/manifest.json",
+    }
+    assert json.loads((run / "evaluation.json").read_text()) == report
+    for side in ("base", "tuned"):
+        keys = {"reward", "reward_ci", "reward_greedy", "kl", "perplexity", "length", "distinct_2"}
+        assert keys <= report[side].keys() and len(report[side]["reward_ci"]) == 2
+    assert 0 <= report["win_rate"] <= 1
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    expected = {
+        "step", "scored_completions", "seconds", "rollout/reward", "rollout/length", "rollout/epsilon", "train/td_loss",
+        "train/q_taken", "train/td_target", "train/kl", "train/grad_norm", "replay/episodes", "tokens_per_second",
+    }  # fmt: skip
+    assert expected <= lines[0].keys()
+    assert {"eval/reward", "eval/reward_greedy"} <= lines[1].keys()  # step 3 lies in the second line
+    assert lines[-1]["scored_completions"] == 24 and lines[-1]["replay/episodes"] == 24
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    assert {"step", "prompt", "completion", "reward"} <= sample.keys()
+    recipe = load_recipe(run / "recipe.yaml")
+    assert recipe.train.max_steps == 6 and recipe.lora is not None and recipe.lora.r == 4
+    card = (run / "adapter" / "README.md").read_text()
+    assert "base_model:" in card and "More Information Needed" not in card and "reward, sampled" in card
+
+
+def test_the_budget_of_reward_calls_is_kept(tiny_llama_path, tmp_path):
+    seen = []
+
+    def counting(prompts, completions, **columns):
+        seen.append(len(completions))
+        return [float(len(text)) for text in completions]
+
+    options = {"max_scored_completions": 20, "max_steps": 1000, "eval_steps": 0, "updates_per_collect": 2}
+    run = trainer(tiny_llama_path, tmp_path, counting, **options)
+    run.train()
+    assert run.scored_completions == 20 and seen[:3] == [8, 8, 4]
+    assert run.step == 6  # every collect was learned from
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"q_head": "linear", "prior": "uniform", "backup": "max", "n_step": 1, "loss": "huber", "target": "head",
+         "explore": "uniform", "advantage_weight": 0.0, "success_share": 0.0},
+        {"q_head": "linear", "backup": "max", "double": True, "support_top_k": 8, "temperature": 0.0},
+        {"q_head": "linear", "backup": "soft", "n_step": 3, "corrected": False},
+        {"q_head": "linear", "expectile": 0.7, "cql_weight": 0.1, "advantage_weight": 0.0},
+        {"q_head": "lm", "backup": "max", "double": True, "support_top_k": 8, "lam": 0.5},
+        {"q_head": "lm", "n_step": 1, "target_tau": 0.1, "target_sync_steps": 1, "truncated": "bootstrap"},
+        {"prioritized": True, "success_share": 0.0, "gamma": 0.9, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True, "bf16": True, "num_generations": 4, "prompts_per_collect": 2},
+        {"lr_scheduler_type": "cosine", "weight_decay": 0.1, "top_k": 5, "top_p": 0.9, "min_p": 0.01},
+    ],
+    ids=lambda switches: "-".join(map(str, switches.values()))[:40],
+)  # fmt: skip
+def test_every_switch_of_the_textbook_runs(tiny_llama_path, tmp_path, switches):
+    report = trainer(tiny_llama_path, tmp_path, **({"eval_steps": 0} | switches)).train()
+    assert all(line["train/td_loss"] is not None for line in metrics(tmp_path))
+    assert report["tuned"]["reward"] == pytest.approx(report["tuned"]["reward"])  # finite
+
+
+def test_full_fine_tuning_and_lora_dropout(tiny_llama_path, tmp_path):
+    trainer(tiny_llama_path, tmp_path / "full", peft_config=None, learning_rate=1e-3).train()
+    assert (tmp_path / "full" / "model" / "config.json").is_file()
+    dropping = LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer(tiny_llama_path, tmp_path / "drop", peft_config=dropping).train()
+
+
+def test_conversations_and_async_rewards(tiny_chat_path, tmp_path):
+    seen = {}
+
+    async def asked(prompts, completions, **columns):
+        seen["prompt"], seen["completion"] = prompts[0], completions[0]
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    trainer(tiny_chat_path, tmp_path, asked, dataset=Dataset.from_list(rows), max_steps=2).train()
+    assert seen["prompt"][0]["role"] == "user" and seen["completion"][0]["role"] == "assistant"
+
+
+def test_abstaining_rewards_leave_episodes_out_and_all_of_them_end_the_run(tiny_llama_path, tmp_path):
+    def half(prompts, completions, **columns):
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    run = trainer(tiny_llama_path, tmp_path / "half", half, learning_starts=4, eval_steps=0, save_steps=0)
+    run.train()
+    assert len(run.replay) == 12 and run.scored_completions == 24
+    nothing = trainer(tiny_llama_path, tmp_path / "none", lambda prompts, **_: [None] * len(prompts))
+    with pytest.raises(RunError, match="80 completions scored, no reward among them"):
+        nothing.train()
+
+
+def test_rewards_cannot_disturb_a_run(tiny_llama_path, tmp_path):
+    """Invariant 10: seeding, printing and mutating change nothing."""
+
+    def rude(prompts, completions, wanted, **columns):
+        import random
+
+        random.seed(0)
+        torch.manual_seed(0)
+        print("noise")
+        values = letters(prompts, completions, wanted)
+        for column in (prompts, completions, wanted):
+            column.clear()
+        return values
+
+    trainer(tiny_llama_path, tmp_path / "polite").train()
+    trainer(tiny_llama_path, tmp_path / "rude", rude).train()
+    polite, noisy = ((tmp_path / name / "samples.jsonl").read_text() for name in ("polite", "rude"))
+    assert polite == noisy
+    first, second = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("polite", "rude")
+    )
+    assert first == second
+
+
+def test_logged_completions_alone_can_be_learned_from(tiny_llama_path, tmp_path):
+    log = tmp_path / "log.jsonl"
+    rows = [{"prompt": row["prompt"], "completion": " eee" if i % 2 else " xyz", "reward": i % 2} for i, row in enumerate(ROWS)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = trainer(tiny_llama_path, tmp_path / "run", warm_start=str(log), max_scored_completions=0, max_steps=4)
+    run.train()
+    assert run.scored_completions == 0 and len(run.replay) == len(ROWS)
+
+
+def test_mistakes_are_named_before_anything_is_loaded_for_long(tiny_llama_path, tmp_path):
+    with pytest.raises(ValueError, match="learning_rat.*did you mean learning_rate"):
+        DQNConfig(output_dir=str(tmp_path), learning_rat=1)
+    with pytest.raises(UserError, match="wanted"):
+        trainer(tiny_llama_path, tmp_path, dataset=Dataset.from_list([{"prompt": "x"}] * 8))
+    with pytest.raises(UserError, match="processing_class"):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_path)
+        DQNTrainer(model, letters, DQNConfig(output_dir=str(tmp_path)), Dataset.from_list(ROWS))
+
+
+def _comparable(folder: Path) -> list[dict]:
+    timed = {"seconds", "tokens_per_second"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(folder)]
+
+
+@pytest.mark.parametrize("options", [{}, {"prioritized": True, "success_share": 0.0}], ids=["uniform", "prioritized"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny_llama_path, tmp_path, options):
+    """Invariant 9, for a run that is cut between two log lines and in the middle of a collect's updates."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    trainer(tiny_llama_path, whole, max_steps=9, **options).train()
+
+    class Cut(Exception):
+        pass
+
+    first = trainer(tiny_llama_path, cut, max_steps=9, **options)
+    real_update = first.update
+
+    def update(batches, td_targets):
+        if first.step == 5:
+            raise Cut
+        real_update(batches, td_targets)
+
+    first.update = update
+    with pytest.raises(Cut):
+        first.train()
+    assert [p.name for p in (cut / "checkpoints").iterdir()] == ["step-000003"]
+    trainer(tiny_llama_path, cut, max_steps=9, **options).train(resume=True)
+    assert _comparable(cut) == _comparable(whole)
+    for name in ("samples.jsonl", "evaluation.json", "adapter/adapter_model.safetensors", "adapter/q_head.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    last = "checkpoints/step-000009"
+    for name in ("network", "optimizer", "replay-00000"):
+        assert (cut / last / f"{name}.safetensors").read_bytes() == (whole / last / f"{name}.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny_llama_path, tmp_path, capsys):
+    trainer(tiny_llama_path, tmp_path).train()
+    newest = tmp_path / "checkpoints" / "step-000006" / "network.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(bytes(data))
+    again = trainer(tiny_llama_path, tmp_path, max_steps=7)
+    again.begin(resume=True)
+    assert again.step == 3
+    assert "network.safetensors does not match its checksum" in capsys.readouterr().out
+
+
+def test_a_new_run_moves_an_earlier_one_aside(tiny_llama_path, tmp_path):
+    for _ in range(2):
+        trainer(tiny_llama_path, tmp_path / "run", max_steps=2, eval_steps=0).train()
+    assert (tmp_path / "run.earlier-1" / "evaluation.json").is_file()
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+RUN_UNTIL_STOPPED = """
+import sys, torch
+torch.set_num_threads(1)
+from tests.test_trainer import trainer
+from pathlib import Path
+trainer(sys.argv[1], Path(sys.argv[2]), max_steps=100000, eval_steps=0, save_steps=0).train()
+"""
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_143(tiny_llama_path, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN_UNTIL_STOPPED, tiny_llama_path, str(tmp_path / "run")],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    lines = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not lines.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert len(saved) == 1 and (saved[0] / "manifest.json").is_file()
