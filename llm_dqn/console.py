@@ -38,7 +38,7 @@ SHOWN = (
 COMPARED = (
     ("reward", "reward, sampled (95 %)", ".3f"),
     ("reward_greedy", "reward, greedy", ".3f"),
-    ("kl", "KL from the base, nats a token", ".3f"),
+    ("kl", "KL from the base, nats/token", ".3f"),
     ("perplexity", "perplexity under the base", ".1f"),
     ("length", "length, tokens", ".1f"),
     ("distinct_2", "distinct pairs of tokens", ".3f"),
