@@ -60,7 +60,7 @@ def distinct(write: Callable[[], dict], key: str, count: int, taken: set[str]) -
 
 def build_texts() -> None:
     """The labelled rows, the test rows with names that the training rows lack."""
-    rng, taken = random.Random(SEED), set()
+    rng, taken = random.Random(SEED), set[str]()
     write_rows("labelled_test.jsonl", list(distinct(lambda: reward.labelled(rng, True), "text", 500, taken)))
     write_rows("labelled_train.jsonl", list(distinct(lambda: reward.labelled(rng, False), "text", 2000, taken)))
 
@@ -72,8 +72,8 @@ def build_tiny_lm(effort: float) -> None:
     texts = [write_text(rng) for _ in range(20_000)]
     tokenizer = lm.wrap_tokenizer(lm.byte_level_tokenizer(texts, VOCABULARY, [lm.PAD, lm.EOS]), 512)
     model = lm.new_llama(tokenizer, width=160, layers=4, heads=5, inner=384)
-    source = lm.batches(tokenizer, write_text, 48, SEED + 2)
-    lm.train_lm(model, source, round(1500 * effort), 4e-3, "tiny_lm")
+    source = lm.batches(tokenizer, write_text, 16, SEED + 2)
+    lm.train_lm(model, source, round(3000 * effort), 4e-3, "tiny_lm")
     lm.save(model, tokenizer, HERE / "tiny_lm")
 
 
@@ -87,7 +87,7 @@ def build_reward_model(effort: float) -> None:
     tokenizer.padding_side = "right"
     model = reward.new_reward_model(tokenizer)
     forbidden = {row["text"] for row in read_rows("labelled_test.jsonl")}
-    reward.train_reward_model(model, tokenizer, round(2400 * effort), forbidden, SEED + 4)
+    reward.train_reward_model(model, tokenizer, round(3000 * effort), forbidden, SEED + 4)
     lm.save(model, tokenizer, HERE / "tiny_reward_model")
 
 
@@ -144,6 +144,7 @@ def main() -> None:
         "--effort", type=float, default=1.0, help="share of the training steps; the shipped files use 1"
     )
     parser.add_argument("--only", nargs="*", help="stages to run: texts tiny_lm reward_model prompts logged hello")
+    parser.add_argument("--threads", type=int, default=2, help="1 is faster where others use the machine")
     arguments = parser.parse_args()
     stages: dict[str, Callable[[], None]] = {
         "texts": build_texts,
@@ -153,7 +154,7 @@ def main() -> None:
         "logged": build_logged,
         "hello": lambda: build_hello(arguments.effort),
     }
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     if not arguments.report:
         for name in arguments.only or stages:

@@ -11,8 +11,7 @@ def words(text: str) -> list[str]:
 GOAL = "你好世界"
 # The characters of the goal are common, so that chance finds some of them and seldom three.
 GREETINGS = words(
-    "你好 " * 6
-    + "您好 早安 晚安 午安 再见 你早 您早 谢谢 欢迎 大家好 早上好 晚上好 下午好 老师好 你们好 新年好 好久不见"
+    "你好 " * 6 + "您好 早安 晚安 午安 再见 你早 您早 谢谢 欢迎 大家好 早上好 晚上好 下午好 老师好 你们好 好久不见"
 )
 PEOPLE = words("世界 " * 6 + "朋友 同学 老师 大家 妈妈 爸爸 先生 小朋友 中国 北京 上海 各位 家人 亲友")
 WISHES = words(

@@ -106,9 +106,18 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def train_lm(model: LlamaForCausalLM, source: Iterator, steps: int, peak: float, name: str) -> None:
-    """Ordinary next-token training with AdamW and a cosine schedule."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, steps, min(60, steps // 5)))
+    """Ordinary next-token training, Muon for the matrices and AdamW for the rest, with a cosine schedule."""
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
+    optimisers = [
+        torch.optim.Muon(matrices, lr=5 * peak, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.98), weight_decay=0.05),
+    ]
+
+    def share(step: int) -> float:
+        return cosine(step, steps, min(60, steps // 5))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, share) for optimiser in optimisers]
     model.train()
     started = time.monotonic()
     for step in range(steps):
@@ -116,10 +125,12 @@ def train_lm(model: LlamaForCausalLM, source: Iterator, steps: int, peak: float,
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
+        for optimiser in optimisers:
+            optimiser.step()
+        for schedule in schedules:
+            schedule.step()
+        model.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
             print(f"{name}: step {step}, loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
     model.eval()
 

@@ -9,7 +9,13 @@ import hello
 import lm
 import reward
 from reviews import write_review
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 OPENING = "We went to Rosa's, a small trattoria by the river, last Saturday with my sister."
 PROBES = {
@@ -24,6 +30,9 @@ PROBES = {
     "a list of praise": " wonderful delicious friendly perfect lovely great best superb brilliant excellent",
     "one sentence eight times": " The soup was delicious." * 8,
 }
+
+
+Judge = tuple[PreTrainedModel, PreTrainedTokenizerFast]
 
 
 def read(path: Path) -> list[dict]:
@@ -46,7 +55,7 @@ def report_sizes(folder: Path) -> None:
             print(f"{path.name}/: {sum(file.stat().st_size for file in path.iterdir()):,} bytes")
 
 
-def report_reward_model(folder: Path) -> tuple:
+def report_reward_model(folder: Path) -> Judge:
     """Accuracy on the held-out labelled texts and the rewards of a few probes; returns model and tokenizer."""
     home = folder / "tiny_reward_model"
     judge = AutoModelForSequenceClassification.from_pretrained(home).eval()
@@ -71,7 +80,7 @@ def report_reward_model(folder: Path) -> tuple:
     return judge, tokenizer
 
 
-def report_tiny_lm(folder: Path, judge: tuple) -> None:
+def report_tiny_lm(folder: Path, judge: Judge) -> None:
     """Held-out perplexity, and reward and diversity of sampled completions on the held-out prompts."""
     model = AutoModelForCausalLM.from_pretrained(folder / "tiny_lm").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny_lm")

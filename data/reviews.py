@@ -8,6 +8,7 @@ import random
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 GRAMMAR = Path(__file__).parent / "grammar"
 HEADER = re.compile(r"\[(\w+)(?: ([+-]?\d+(?:\.\d+)?))?(?: (\w+))?\]")
@@ -21,6 +22,7 @@ MIDDLES = "va mi ri do la ne gar der li be"
 ENDS = "n ra no ston ley lia s ta ko rick da vik mond sa tte"
 HELD_OUT_SHARE = 0.15  # the tail of every list of names is kept for the held-out prompts and tests
 SCORE_SCALE = 1.1
+Key = TypeVar("Key")
 
 ASPECTS = {
     "restaurants": ["ordered", "wait", "food", "food", "service", "service", "room", "sweet", "price", "facts"],
@@ -28,7 +30,7 @@ ASPECTS = {
     "trips": ["travel", "room", "staff", "staff", "weather", "sights", "sights", "meals", "cost", "facts"],
 }
 NEUTRAL_ASPECTS = {"ordered", "facts"}
-MOODS = {"praise": 0.25, "mostly_praise": 0.12, "balanced": 0.12, "mostly_complaint": 0.16, "complaint": 0.35}
+MOODS = {"praise": 0.29, "mostly_praise": 0.10, "balanced": 0.10, "mostly_complaint": 0.13, "complaint": 0.38}
 CLAUSE_COUNTS = {2: 0.22, 3: 0.34, 4: 0.28, 5: 0.16}
 
 
@@ -130,7 +132,7 @@ def invent_name(rng: random.Random) -> str:
     return start + middle + end
 
 
-def weighted(rng: random.Random, weights: dict) -> object:
+def weighted(rng: random.Random, weights: dict[Key, float]) -> Key:
     """A key of `weights`, drawn in proportion to its value."""
     return rng.choices(list(weights), list(weights.values()))[0]
 
@@ -150,8 +152,10 @@ def load_grammar(domain: str) -> Grammar:
                 continue
             title, number, variant = header[1], header[2], header[3] or ""
             is_clause, weight = number is not None, float(number or 0)
-            key = (title, (weight > 0) - (weight < 0), variant) if is_clause else (title, variant)
-            target = (grammar.clauses if is_clause else grammar.lists).setdefault(key, [])
+            if is_clause:
+                target = grammar.clauses.setdefault((title, (weight > 0) - (weight < 0), variant), [])
+            else:
+                target = grammar.lists.setdefault((title, variant), [])
             if variant and variant not in grammar.variants:
                 grammar.variants.append(variant)
     return grammar

@@ -6,7 +6,7 @@ import time
 import torch
 from reviews import Review, Sentence, mood_to_score, write_review
 from tokenizers import processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import ModernBertConfig, ModernBertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 MAX_LENGTH = 256
 NONSENSE = 0.03  # what a text that is no review at all is worth
@@ -108,39 +108,46 @@ def labelled(rng: random.Random, held_out: bool) -> dict[str, str | int]:
             return {"text": text, "label": int(score > 0.5)}
 
 
-def new_reward_model(tokenizer: PreTrainedTokenizerFast) -> BertForSequenceClassification:
-    """A small BERT with one output, trained with binary cross entropy: the reward is sigmoid(logit)."""
+def new_reward_model(tokenizer: PreTrainedTokenizerFast) -> ModernBertForSequenceClassification:
+    """A small ModernBERT with one output, trained with binary cross entropy: the reward is sigmoid(logit)."""
     processor = processors.TemplateProcessing(
         single="<cls> $A", pair="<cls> $A $B", special_tokens=[("<cls>", tokenizer.cls_token_id)]
     )
     tokenizer.backend_tokenizer.post_processor = processor
-    config = BertConfig(
+    config = ModernBertConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        intermediate_size=192,
-        max_position_embeddings=MAX_LENGTH,
-        type_vocab_size=1,
-        hidden_dropout_prob=0.05,
-        attention_probs_dropout_prob=0.0,
+        intermediate_size=128,
+        max_position_embeddings=2 * MAX_LENGTH,
+        global_attn_every_n_layers=1,
+        classifier_pooling="mean",
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=None,
         num_labels=1,
         id2label={0: "positive"},
         label2id={"positive": 0},
         problem_type="multi_label_classification",
         dtype="float32",
     )
-    return BertForSequenceClassification(config)
+    return ModernBertForSequenceClassification(config)
 
 
 def train_reward_model(
-    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, steps: int, forbidden: set[str], seed: int
+    model: ModernBertForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    forbidden: set[str],
+    seed: int,
 ) -> None:
     """Binary cross entropy against graded labels on freshly written texts, none of which is in `forbidden`."""
     rng = random.Random(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps, pct_start=0.1)
     model.train()
     started = time.monotonic()
     groups: list[list[tuple[str, float]]] = []
@@ -168,7 +175,7 @@ def length(row: tuple[str, float]) -> int:
 
 
 @torch.no_grad()
-def rewards(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[float]:
+def rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[float]:
     """The reward of each text, from 0 to 1."""
     found: list[float] = []
     for start in range(0, len(texts), 128):
