@@ -32,7 +32,7 @@ class Roles(Protocol):
         """Context that yields the plain Hugging Face model of `role`."""
 
     def sync_target(self, tau: float) -> None:
-        """target <- tau * online + (1 - tau) * target."""
+        """Target <- tau * online + (1 - tau) * target."""
 
     def state(self) -> dict[str, Tensor]:
         """Weights of online and target that differ from the base, for checkpoints."""
@@ -128,7 +128,7 @@ class AdapterRoles:
 
     @torch.no_grad()
     def sync_target(self, tau: float) -> None:
-        """target <- tau * online + (1 - tau) * target, factor by factor; exact only for tau = 1."""
+        """Target <- tau * online + (1 - tau) * target, factor by factor; exact only for tau = 1."""
         if not self.has_target:
             return
         online = dict(self.model.named_parameters())
@@ -199,7 +199,7 @@ class CopyRoles:
 
     @torch.no_grad()
     def sync_target(self, tau: float) -> None:
-        """target <- tau * online + (1 - tau) * target."""
+        """Target <- tau * online + (1 - tau) * target."""
         if self._target is not None:
             for old, new in zip(self._target.parameters(), self.model.parameters(), strict=True):
                 old.lerp_(new, tau) if tau < 1 else old.copy_(new)
@@ -236,4 +236,3 @@ class CopyRoles:
             self.save(folder)
         finally:
             layer.copy_(kept)
-

@@ -146,11 +146,15 @@ def inputs_from_python(
         tokenizer = processing_class or models.load_tokenizer(path)
         model = models.load_causal_lm(path)
     elif processing_class is None:
-        raise UserError("processing_class: a loaded model needs its tokenizer, got None; pass processing_class=tokenizer")
+        raise UserError(
+            "processing_class: a loaded model needs its tokenizer, got None; pass processing_class=tokenizer"
+        )
     else:
         tokenizer = processing_class
         models.ensure_pad_token(tokenizer, "processing_class")
-    load = partial(data.load_prompts, tokenizer=tokenizer, split="train", prompt_column="prompt", max_prompt_length=None)
+    load = partial(
+        data.load_prompts, tokenizer=tokenizer, split="train", prompt_column="prompt", max_prompt_length=None
+    )
     prompts = load(train_dataset)
     kept_apart = load(eval_dataset) if eval_dataset is not None else None
     train_prompts, eval_prompts = (prompts, kept_apart) if kept_apart else held_out(prompts, args.seed)
@@ -228,9 +232,7 @@ def backup_rule(args: DQNConfig) -> Backup | None:
     if args.backup == "soft":
         return lambda q, prior, _: targets.soft_value(q, prior, args.beta)
     if args.double:
-        return lambda q, prior, online: targets.double_value(
-            q, online, targets.support_mask(prior, args.support_top_k)
-        )
+        return lambda q, prior, online: targets.double_value(q, online, targets.support_mask(prior, args.support_top_k))
     return lambda q, prior, _: targets.hard_value(q, targets.support_mask(prior, args.support_top_k))
 
 
@@ -282,8 +284,8 @@ def recipe_text(args: DQNConfig, parts: Parts, recipe: Recipe | None) -> str:
     """The resolved recipe of a run, as YAML that `llm-dqn` reads again; from Python it is put together from `args`."""
     if recipe is not None:
         return dump_recipe(with_resolved_paths(recipe))
-    sections = {
-        name: {leaf: getattr(args, leaf) for leaf in Recipe.model_fields[name].annotation.model_fields if leaf != "funcs"} for name in FLAT_SECTIONS
+    sections: dict[str, dict[str, Any]] = {
+        name: {leaf: getattr(args, leaf) for leaf in section.model_fields} for name, section in FLAT_SECTIONS.items()
     }
     sections["reward"]["funcs"] = list(parts.rewards.names)
     lora = lora_facts(parts.lora) if parts.lora else None

@@ -6,7 +6,7 @@ import yaml
 
 
 def model_card(base_model: str, recipe_text: str, report: dict[str, Any] | None = None) -> str:
-    """Markdown with the metadata block that the Hub reads. `report` is the content of `evaluation.json`, if there is one."""
+    """Markdown with the metadata block that the Hub reads. `report`: the content of `evaluation.json`, if there is one."""
     metadata = {
         "base_model": base_model,
         "library_name": "peft",
@@ -17,8 +17,8 @@ def model_card(base_model: str, recipe_text: str, report: dict[str, Any] | None 
     return (
         f"---\n{front}---\n\n"
         f"# {base_model.rstrip('/').rsplit('/', 1)[-1]}, tuned by deep Q-learning\n\n"
-        f"`{base_model}` fine-tuned against a reward on whole completions with llm_dqn: the text so far is the state, the "
-        "next token the action.\n\n"
+        f"`{base_model}` fine-tuned against a reward on whole completions with llm_dqn: the text so far is the state, "
+        "the next token the action.\n\n"
         f"{_results(report)}"
         "## Use\n\n"
         "```python\n"
@@ -29,8 +29,8 @@ def model_card(base_model: str, recipe_text: str, report: dict[str, Any] | None 
         "```\n\n"
         "`q_head.safetensors` holds the value head; it is needed for scoring texts, not for writing them.\n\n"
         "## Limits\n\n"
-        "The model was tuned towards one reward and is no better than that reward. Look at the samples before you trust "
-        "the figures.\n\n"
+        "The model was tuned towards one reward and is no better than that reward. Look at the samples before you "
+        "trust the figures.\n\n"
         f"## Recipe\n\n```yaml\n{recipe_text.strip()}\n```\n"
     )
 
@@ -51,7 +51,7 @@ def _results(report: dict[str, Any] | None) -> str:
         cells = [f"{report[side][key]:.3f}" + _interval(report[side], key) for side in ("base", "tuned")]
         lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
     lines.append(
-        f"\n{report['tuned']['prompts']} prompts, one sampled completion each; intervals are 95 % bootstrap over prompts. "
+        f"\n{report['tuned']['prompts']} prompts, one sampled completion each; intervals: 95 % bootstrap over prompts. "
         f"The tuned completion scores higher on {report['win_rate']:.0%} of them, ties counting half.\n\n"
     )
     return "\n".join(lines)

@@ -54,7 +54,7 @@ def finish(temporary: Path, final: Path, state: dict[str, Any]) -> None:
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is complete, and a line for each newer one that is damaged."""
-    damaged = []
+    damaged: list[str] = []
     for folder in sorted(root.glob("step-??????"), reverse=True):
         problem = verify(folder)
         if problem is None:

@@ -46,6 +46,7 @@ def train(
         sys.exit(launch_processes(num_processes, again))
     from llm_dqn.trainer import DQNTrainer
 
+    _hush()
     DQNTrainer.from_recipe(loaded).train(resume=resume)
 
 
@@ -59,6 +60,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     if loaded is not None:
         from llm_dqn.preflight import preflight
 
+        _hush()
         more, lines = preflight(loaded)
         problems += more
     for line in lines:
@@ -83,6 +85,7 @@ def generate(
     """Write completions of a file of prompts."""
     from llm_dqn.inference import generate_file
 
+    _hush()
     count = generate_file(
         run,
         prompts,
@@ -110,6 +113,7 @@ def evaluate(
     from llm_dqn.console import Console
     from llm_dqn.inference import evaluate_run
 
+    _hush()
     report, _ = evaluate_run(
         run, prompts=prompts, output=output, reward_specs=rewards or (), seed=seed, max_prompts=max_prompts
     )
@@ -172,6 +176,16 @@ def schema() -> None:
     from llm_dqn.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _hush() -> None:
+    """Keeps transformers' loading bars and its notes to other libraries' authors off the screen of a run."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -28,8 +28,8 @@ class Measured:
 def measure(writer: Writer, prompts: Sequence[Prompt], score: Score, seed: int, base: bool = False) -> Measured:
     """One sampled and one greedy completion a prompt by the tuned policy, or by the untouched base model.
 
-    Figures: `reward` (mean of sampled), `reward_ci` (95 %, bootstrap over prompts), `reward_greedy`, `kl` (nats a token,
-    exact over the vocabulary, on the sampled completions), `perplexity` (of the sampled completions under the base),
+    Figures: `reward` (mean of sampled), `reward_ci` (95 %, bootstrap over prompts), `reward_greedy`, `kl` (nats a
+    token, exact over the vocabulary, on the sampled completions), `perplexity` (of the sampled completions under the base),
     `length` (tokens), `distinct_2`, `prompts`.
     """
     exploring = 1.0 if base else 0.0  # an epsilon of 1 over the prior is the base model itself
@@ -99,7 +99,7 @@ def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
 
 
 def perplexity(logprobs: Sequence[Tensor]) -> float:
-    """exp of the mean negative log-probability a token, over all completions together."""
+    """Exp of the mean negative log-probability a token, over all completions together."""
     return float(torch.cat(list(logprobs)).double().mean().neg().exp()) if logprobs else float("nan")
 
 

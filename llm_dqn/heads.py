@@ -90,7 +90,7 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def taken_logprobs(hidden: Tensor, actions: Tensor, logits_of: LogitsFunction) -> Tensor:
-    """log softmax(logits)[action], (N, H), (N,) -> (N,), a chunk of positions at a time.
+    """Log softmax(logits)[action], (N, H), (N,) -> (N,), a chunk of positions at a time.
 
     With gradients on, the logits of a chunk are computed again in backward instead of being kept.
     """
@@ -103,7 +103,7 @@ def taken_logprobs(hidden: Tensor, actions: Tensor, logits_of: LogitsFunction) -
 
 
 def logsumexp_q(hidden: Tensor, q_of: LogitsFunction) -> Tensor:
-    """log sum_a exp Q(s, a), (N, H) -> (N,), in chunks with recomputation."""
+    """Log sum_a exp Q(s, a), (N, H) -> (N,), in chunks with recomputation."""
     return _over_pieces(lambda piece: torch.logsumexp(q_of(piece), dim=-1), hidden)
 
 
@@ -113,7 +113,7 @@ def _over_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return tensors[0].float().sum(-1)
     recompute = torch.is_grad_enabled()
     results = [
-        checkpoint(function, *piece, use_reentrant=False) if recompute else function(*piece)  # type: ignore[misc]
+        checkpoint(function, *piece, use_reentrant=False) if recompute else function(*piece)
         for piece in _pieces(*tensors)
     ]
     return torch.cat(results)
@@ -121,7 +121,7 @@ def _over_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reduce_states(reduce: Callable[..., Tensor], *hiddens: Tensor) -> Tensor:
-    """`reduce` of chunks of one or more (N, H) tensors to (N,), without gradient: values of states from all their Qs."""
+    """`reduce` of chunks of (N, H) tensors to (N,), without gradient: values of states from all their Qs."""
     if hiddens[0].shape[0] == 0:
         return hiddens[0].float().sum(-1)
     return torch.cat([reduce(*piece) for piece in _pieces(*hiddens)])

@@ -71,7 +71,7 @@ def _results_of(folder: Path) -> tuple[str | None, str | None]:
 def _plain_or_adapter(run: str) -> tuple[str, str | None, str | None]:
     """(base, tuned model, adapter) of a path or Hub id that is no run folder."""
     folder = Path(run)
-    config = folder / "adapter_config.json"
+    config: Path | None = folder / "adapter_config.json"
     if not folder.exists():
         config = models.hub_file(run, "adapter_config.json")
     if config is not None and config.is_file():

@@ -27,7 +27,8 @@ Found = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 class Logbook:
     """The run folder. Only the main process writes; the others pass through.
 
-    base_name: the pretrained model's path or Hub id. recipe_text: what `recipe.yaml` will hold. trackers: names of Accelerate trackers beside `metrics.jsonl`.
+    base_name: the pretrained model's path or Hub id. recipe_text: what `recipe.yaml` will hold.
+    trackers: names of Accelerate trackers beside `metrics.jsonl`.
     """
 
     def __init__(

@@ -169,7 +169,9 @@ def loading_error(path: str, revision: str | None, part: str, error: BaseExcepti
     text = str(error)
     where = f"'{path}'" + (f" at revision '{revision}'" if revision else "")
     if "trust_remote_code" in text:
-        return UserError(f"{where} brings its own code; if you trust it, set trust_remote_code: true (pin model_revision)")
+        return UserError(
+            f"{where} brings its own code; if you trust it, set trust_remote_code: true (pin model_revision)"
+        )
     if "tokenizer" in part and Path(path).is_dir() and isinstance(error, OSError | ValueError):
         return UserError(f"{where} holds no usable tokenizer; save one there with tokenizer.save_pretrained(folder)")
     if isinstance(error, OSError) and "safetensors" in text:

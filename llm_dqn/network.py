@@ -1,7 +1,7 @@
 """The Q-network: a pretrained causal LM that says what the next token is worth.
 
-`lm`      Q(s, a) = V(s) + beta [log pi(a|s) - log pi_ref(a|s)]. The LM's own output layer carries the advantage, a small
-          head on the hidden state carries V. Because pi is normalised, beta log sum_a pi_ref exp(Q / beta) = V exactly:
+`lm`      Q(s, a) = V(s) + beta [log pi(a|s) - log pi_ref(a|s)]. The LM's own output layer carries the advantage, a
+          small head on the hidden state carries V. Because pi is normalised, beta log sum_a pi_ref exp(Q / beta) = V exactly:
           a soft maximum that costs nothing. Acting by pi_ref exp(Q / beta) is sampling from the LM.
 `linear`  Q(s, a) = w_a . h(s) + b, the textbook head, acting by prior * exp(Q / beta), the prior being the LM's own
           output layer on the same hidden state.
@@ -36,8 +36,8 @@ class QNetwork(nn.Module):
 
     num_tokens: rows of the output layer that may be chosen; padded rows beyond them get no probability and no value.
     backup: how Q-values make a state's value; None takes V from the value head, which for `lm` is the soft value.
-    lora: a new adapter's settings, or the path of a saved one that only writes. None tunes all weights, and keeps copies
-    of the model as reference and target; `tuned` are weights from such a run.
+    lora: a new adapter's settings, or the path of a saved one that only writes. None tunes all weights, and keeps
+    copies of the model as reference and target; `tuned` are weights from such a run.
     needs_logprobs: whether `forward` also gives log pi(a|s), which a linear head can do without.
     bf16: the trunk runs in bfloat16 autocast; Q, targets and losses stay float32.
     target: "adapter" lags adapter and heads; "head" lags the heads only, on a trunk that moves under them.
@@ -70,7 +70,7 @@ class QNetwork(nn.Module):
         if q_head == "linear" and not _is_identity(self._postprocess, models.lm_head(model)):
             raise UserError(
                 f"dqn.q_head: linear adds Q / beta to the logits, and {type(model).__name__} changes its logits "
-                "afterwards (softcap or scale); use q_head: lm"
+                "afterwards (softcap, scale or bias); use q_head: lm"
             )
         if q_head == "linear" or targets_head(lora, self.head_name):
             models.untie_head(model)
@@ -118,14 +118,17 @@ class QNetwork(nn.Module):
             logits = self._postprocess(models.lm_head(plain)(hidden))
         return logits[..., : self.num_tokens].float()
 
-    def _heads_of(self, role: Role) -> nn.ModuleDict:
-        return self.target_heads if role == "target" else self.heads
+    def _value_head(self, role: Role) -> ValueHead:
+        return (self.target_heads if role == "target" else self.heads)["value"]  # type: ignore[return-value]
+
+    def _q_head(self, role: Role) -> LinearQHead:
+        return (self.target_heads if role == "target" else self.heads)["q"]  # type: ignore[return-value]
 
     def _acting_logits(self, hidden: Tensor, role: Role) -> Tensor:
         """(N, H) -> (N, V) logits of the policy that acts in that role."""
         if self.kind == "lm" or role == "reference":
             return self._lm_logits(hidden, role)
-        scaled_q = self._heads_of(role)["q"](hidden) / self.beta
+        scaled_q = self._q_head(role)(hidden) / self.beta
         return scaled_q if self.uniform_prior else self._lm_logits(hidden, role) + scaled_q
 
     def _taken_logprobs(self, states: Tensor, tokens: TokenBatch, role: Role) -> Tensor:
@@ -144,20 +147,22 @@ class QNetwork(nn.Module):
         values = zeros
         if "value" in self.heads:
             # V reads the trunk but does not shape it: its gradient there is 1 / beta times the policy's.
-            values = _spread(self.heads["value"](states.detach()), tokens.action_mask)
+            values = _spread(self._value_head("online")(states.detach()), tokens.action_mask)
         logprobs = zeros
         if self.needs_logprobs:
             logprobs = _spread(self._taken_logprobs(states, tokens, "online"), tokens.action_mask)
         if self.kind == "lm":
             taken = values + self.beta * (logprobs - batch.ref_logprobs)
         else:
-            taken = _spread(self.heads["q"].taken(states, tokens.actions[tokens.action_mask]), tokens.action_mask)
+            taken = _spread(
+                self._q_head("online").taken(states, tokens.actions[tokens.action_mask]), tokens.action_mask
+            )
         return QOutput(taken, values, zeros, logprobs)
 
     def conservative_term(self, batch: PrefixBatch) -> Tensor:
         """(B, T) log sum_a exp Q(s, a) of the online linear head, with gradient, for CQL."""
         states = action_states(self._hidden(batch.tokens, "online"), batch.tokens)
-        return _spread(logsumexp_q(states, self.heads["q"]), batch.action_mask)
+        return _spread(logsumexp_q(states, self._q_head("online")), batch.action_mask)
 
     @torch.no_grad()
     def target(self, batch: PrefixBatch, role: Role = "target") -> QOutput:
@@ -172,13 +177,13 @@ class QNetwork(nn.Module):
             taken = base + self.beta * (logprobs - batch.ref_logprobs)
         else:
             logprobs = torch.zeros_like(values)
-            q_head = self._heads_of(role)["q"]
+            q_head = self._q_head(role)
             taken = _spread(q_head.taken(states, tokens.actions[tokens.action_mask]), tokens.action_mask)
         return QOutput(taken * tokens.action_mask, values, next_values, logprobs)
 
     def _spread_values(self, hidden: Tensor, tokens: TokenBatch, role: Role) -> tuple[Tensor, Tensor]:
         """V(s) and V(s') from the value head, (B, T) each."""
-        flat = self._heads_of(role)["value"](visited_states(hidden, tokens))
+        flat = self._value_head(role)(visited_states(hidden, tokens))
         return _split_values(flat, tokens)
 
     def _state_values(self, hidden: Tensor, tokens: TokenBatch, role: Role) -> tuple[Tensor, Tensor]:
@@ -206,9 +211,9 @@ class QNetwork(nn.Module):
     def _q_values(self, states: Tensor, log_prior: Tensor, role: Role) -> Tensor:
         """(N, V) all Q-values of a chunk of states."""
         if self.kind == "linear":
-            return self._heads_of(role)["q"](states)
+            return self._q_head(role)(states)
         advantages = self.beta * (self._lm_logits(states, role).log_softmax(-1) - log_prior)
-        return self._heads_of(role)["value"](states).unsqueeze(-1) + advantages
+        return self._value_head(role)(states).unsqueeze(-1) + advantages
 
     # --- what acting and watching ask -----------------------------------------------------------------------------
 
@@ -242,7 +247,7 @@ class QNetwork(nn.Module):
                     yield plain
                 else:
                     lm_head = models.lm_head(plain)
-                    q_head = self._heads_of(role)["q"]
+                    q_head = self._q_head(role)
                     plain.set_output_embeddings(ActingHead(lm_head, q_head, self.beta, self.uniform_prior))
                     try:
                         yield plain
@@ -261,7 +266,7 @@ class QNetwork(nn.Module):
 
     @torch.no_grad()
     def sync_target(self, tau: float = 1.0) -> None:
-        """target <- tau * online + (1 - tau) * target, heads and (with target: adapter) trunk."""
+        """Target <- tau * online + (1 - tau) * target, heads and (with target: adapter) trunk."""
         self.roles.sync_target(tau)
         for old, new in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
             old.lerp_(new, tau) if tau < 1 else old.copy_(new)
@@ -297,7 +302,7 @@ class QNetwork(nn.Module):
     def _folded_head(self) -> Tensor:
         with self.roles.acting_as("online") as plain:
             weight = models.lm_head(plain).weight.detach().float().clone()
-        scaled_q = self.heads["q"].weight / self.beta
+        scaled_q = self._q_head("online").weight / self.beta
         weight[: self.num_tokens] = scaled_q if self.uniform_prior else weight[: self.num_tokens] + scaled_q
         return weight
 

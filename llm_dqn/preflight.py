@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_dqn import data, models
 from llm_dqn.adapters import lora_config
-from llm_dqn.assembly import Inputs, assemble, base_model_of, prompts_of, settings_of
+from llm_dqn.assembly import Inputs, base_model_of, prompts_of, settings_of
 from llm_dqn.errors import NotReachable, RunError, UserError
 from llm_dqn.recipe import Problem, Recipe, with_resolved_paths
 from llm_dqn.rewards import RewardFunction, Rewards, load_reward
@@ -127,9 +127,7 @@ def _loaded(source: str, facts: Any, tokenizer: PreTrainedTokenizerBase) -> list
     )
 
 
-def _rewards(
-    found: Findings, recipe: Recipe, prompts: tuple[list[Prompt], list[Prompt]] | None
-) -> Rewards | None:
+def _rewards(found: Findings, recipe: Recipe, prompts: tuple[list[Prompt], list[Prompt]] | None) -> Rewards | None:
     facts = recipe.reward
     if facts.funcs is None:
         return None
@@ -141,9 +139,7 @@ def _rewards(
             functions.append(function)
     if len(functions) < len(facts.funcs):
         return None
-    build = found.attempt(
-        "reward", "", lambda: Rewards(functions, facts.weights, facts.on_error, facts.timeout)
-    )
+    build = found.attempt("reward", "", lambda: Rewards(functions, facts.weights, facts.on_error, facts.timeout))
     if build is not None and prompts is not None:
         columns = sorted(prompts[0][0].columns)
         found.attempt("reward.funcs", "", lambda: build.check_columns(columns))
@@ -170,12 +166,16 @@ def _estimate(found: Findings, recipe: Recipe, model: PreTrainedModel) -> None:
     tokens = recipe.data.max_prompt_length + recipe.rollout.max_completion_length
     replay = recipe.replay.capacity * (4 * tokens + 8 * recipe.rollout.max_completion_length)
     kept = (recipe.train.save_total_limit or 10) + 1
-    found.lines.append(f"replay: at most {replay / GIB:.2f} GiB; checkpoints: at most {kept * replay / GIB:.2f} GiB more")
+    found.lines.append(
+        f"replay: at most {replay / GIB:.2f} GiB; checkpoints: at most {kept * replay / GIB:.2f} GiB more"
+    )
     target = Path(recipe.train.output_dir).absolute()
     there = next(parent for parent in (target, *target.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < (kept + 1) * replay:
-        found.problem("train.output_dir", f"{there} has {free / GIB:.1f} GiB free, the run may need {kept * replay / GIB:.1f}")
+        found.problem(
+            "train.output_dir", f"{there} has {free / GIB:.1f} GiB free, the run may need {kept * replay / GIB:.1f}"
+        )
 
 
 def _one_step(

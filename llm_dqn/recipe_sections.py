@@ -249,8 +249,9 @@ class TrainSection(Section):
         default=1, description="Passes in one learner step."
     )
     max_steps: Annotated[Int, Field(ge=1)] = Field(default=500, description="Learner steps in all.")
-    max_scored_completions: Annotated[Int, Field(ge=1)] | None = Field(
-        default=None, description="Budget of completions given to the rewards while training; null = no limit."
+    max_scored_completions: Annotated[Int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Budget of completions given to the rewards while training; 0 = logged data only, null = no limit.",
     )
     seed: Annotated[Int, Field(ge=0)] = Field(default=0, description="Seed of everything random.")
     bf16: StrictBool = Field(default=False, description="bfloat16 autocast in the trunk; Q and losses stay float32.")

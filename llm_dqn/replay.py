@@ -75,8 +75,8 @@ _SOURCE = ("online", "logged")
 class PrefixReplay:
     """A ring of finished episodes; the oldest makes room. Capacity counts episodes, not tokens.
 
-    truncated: what reaching the length cap means. "terminal": the reward was for the text as it stands, nothing follows.
-    "bootstrap": the text would have gone on, so the value of its last state is added to the target.
+    truncated: what reaching the length cap means. "terminal": the reward was for the text as it stands, nothing
+    follows. "bootstrap": the text would have gone on, so the value of its last state is added to the target.
     """
 
     def __init__(

@@ -121,8 +121,9 @@ def _request(
 
 @contextmanager
 def _clean_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Hides the model's own generation defaults, which `generate` mixes into what we ask for (a repetition penalty, say):
-    the learner would then judge another policy than the one that wrote."""
+    """Hides the model's own generation defaults, which `generate` mixes into what we ask for (a repetition penalty,
+    say): the learner would then judge another policy than the one that wrote.
+    """
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -140,7 +141,7 @@ def _until_stop(ids: Tensor, stop_token_ids: frozenset[int]) -> Tensor:
 
 
 def verify_generator(writer: Writer, prompts: Sequence[Prompt], tolerance: float = 2e-3) -> None:
-    """Asserts that what generates is what learns: on a few prompts, both give the written tokens the same log-probability.
+    """Asserts that what generates is what learns: both give the tokens of a few completions the same log-probability.
 
     A generator that ignores the adapter, or positions a padded prompt wrongly, would otherwise train for days on
     nothing. Raises RunError with the largest difference.

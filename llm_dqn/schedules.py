@@ -17,4 +17,3 @@ def linear(start: float, end: float, steps: int) -> Schedule:
         return start + (end - start) * step / steps
 
     return value
-

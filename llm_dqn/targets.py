@@ -58,19 +58,19 @@ def soft_value(q_values: Tensor, log_prior: Tensor, beta: float) -> Tensor:
 
 
 def q_learning_target(rewards: Tensor, discounts: Tensor, next_q: Tensor, support: Tensor | None = None) -> Tensor:
-    """r + discount * max_a Q_target(s', a). (N,), (N,), (N, V) -> (N,). Mnih et al. 2015, eq. 2."""
+    """R + discount * max_a Q_target(s', a). (N,), (N,), (N, V) -> (N,). Mnih et al. 2015, eq. 2."""
     return (rewards + discounts * hard_value(next_q, support)).detach()
 
 
 def double_q_target(
     rewards: Tensor, discounts: Tensor, next_q_target: Tensor, next_q_online: Tensor, support: Tensor | None = None
 ) -> Tensor:
-    """r + discount * Q_target(s', argmax_a Q_online(s', a)). (N,), (N,), (N, V), (N, V) -> (N,)."""
+    """R + discount * Q_target(s', argmax_a Q_online(s', a)). (N,), (N,), (N, V), (N, V) -> (N,)."""
     return (rewards + discounts * double_value(next_q_target, next_q_online, support)).detach()
 
 
 def soft_target(rewards: Tensor, discounts: Tensor, next_q: Tensor, log_prior: Tensor, beta: float) -> Tensor:
-    """r + discount * beta log sum_a prior(a|s') exp(Q_target(s', a) / beta). (N,), (N,), (N, V), (N, V) -> (N,)."""
+    """R + discount * beta log sum_a prior(a|s') exp(Q_target(s', a) / beta). (N,), (N,), (N, V), (N, V) -> (N,)."""
     return (rewards + discounts * soft_value(next_q, log_prior, beta)).detach()
 
 

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ class DQNTrainer:
     `network`, the rules of `targets` and the errors of `losses`.
 
     model: a path, a Hub id, or a loaded causal LM (then give `processing_class`, its tokenizer).
-    reward_funcs: TRL's: a callable `f(prompts, completions, **columns) -> list[float | None]`, sync or async, the path or
-    Hub id of a sequence-classification model, or a list of these.
+    reward_funcs: TRL's: a callable `f(prompts, completions, **columns) -> list[float | None]`, sync or async, the path
+    or Hub id of a sequence-classification model, or a list of these.
     train_dataset, eval_dataset: anything with a `prompt` column: a `datasets.Dataset`, a file, a list of rows. Without
     `eval_dataset` some training prompts are held out.
     peft_config: a `peft.LoraConfig`; None tunes all weights.
@@ -89,7 +88,7 @@ class DQNTrainer:
     # --- the algorithm ----------------------------------------------------------------------------------------------
 
     def train(self, resume: bool = False) -> dict[str, Any]:
-        """Learns until `max_steps` or until `max_scored_completions` are spent; returns what `evaluation.json` holds."""
+        """Learns until `max_steps` or until `max_scored_completions` are spent; returns what `evaluation.json` has."""
         self.begin(resume)
         with StopRequest() as stop, self.logbook.panel(self.args.max_steps):
             while self.step < self.args.max_steps:
@@ -208,11 +207,10 @@ class DQNTrainer:
         """A seed that no other purpose, step or process has."""
         return stream_seed(self.args.seed, *names, self.parts.accelerator.process_index)
 
-
     # --- starting, looking, keeping ---------------------------------------------------------------------------------
 
     def begin(self, resume: bool) -> None:
-        """Opens the run folder, goes on from its newest checkpoint when asked, and proves that writer and learner agree."""
+        """Opens the run folder, goes on from its newest checkpoint when asked, and has writer and learner compared."""
         found = self.logbook.open(resume)
         if found is not None:
             self.load_state(*found)
@@ -245,7 +243,7 @@ class DQNTrainer:
         return evaluation.judged(self.parts.rewards, episodes)
 
     def save_model(self, output_dir: str | None = None) -> Path:
-        """Writes `adapter/`, which opens in plain PEFT (or `model/` when all weights were tuned); returns the folder."""
+        """Writes `adapter/`, which opens in plain PEFT (`model/` when all weights were tuned); returns the folder."""
         folder = None if output_dir is None else Path(output_dir)
         return self.logbook.save_policy(self.network, self.parts.writer.tokenizer, folder)
 
@@ -258,7 +256,7 @@ class DQNTrainer:
         self.logbook.checkpoint(self.step, self.state(), self.tensors())
 
     def state(self) -> dict[str, Any]:
-        """The counters of a checkpoint, as plain JSON. Random streams are keyed by these and need no state of their own."""
+        """The counters of a checkpoint, as plain JSON. They key all random streams, which need no state of their own."""
         return {
             "step": self.step,
             "scored_completions": self.scored_completions,

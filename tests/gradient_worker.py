@@ -1,4 +1,4 @@
-"""One process of `test_processes`: learns from its share of fixed episodes and writes the gradients it would step by."""
+"""One process of `test_processes`: learns from its share of fixed episodes and writes its gradients."""
 
 import sys
 from pathlib import Path

@@ -32,7 +32,9 @@ def test_a_max_looks_only_where_the_prior_does():
     log_prior = torch.tensor([[0.6, 0.3, 0.1, 0.0]]).log()
     q_values = torch.tensor([[1.0, 2.0, 50.0, 100.0]])
     assert targets.hard_value(q_values, targets.support_mask(log_prior, 2)).tolist() == [2.0]
-    assert targets.hard_value(q_values, targets.support_mask(log_prior, 0)).tolist() == [50.0]  # never the impossible one
+    assert targets.hard_value(q_values, targets.support_mask(log_prior, 0)).tolist() == [
+        50.0
+    ]  # never the impossible one
 
 
 def test_soft_value_lies_between_mean_and_max_and_tends_to_both():

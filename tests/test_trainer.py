@@ -1,4 +1,4 @@
-"""The loop end to end on a tiny model: what it is given in Python, what it leaves behind, and that it goes on exactly."""
+"""The loop end to end on a tiny model: what it is given in Python, what it leaves behind, that it goes on exactly."""
 
 import json
 import os
@@ -184,7 +184,10 @@ def test_rewards_cannot_disturb_a_run(tiny_llama_path, tmp_path):
 
 def test_logged_completions_alone_can_be_learned_from(tiny_llama_path, tmp_path):
     log = tmp_path / "log.jsonl"
-    rows = [{"prompt": row["prompt"], "completion": " eee" if i % 2 else " xyz", "reward": i % 2} for i, row in enumerate(ROWS)]
+    rows = [
+        {"prompt": row["prompt"], "completion": " eee" if i % 2 else " xyz", "reward": i % 2}
+        for i, row in enumerate(ROWS)
+    ]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = trainer(tiny_llama_path, tmp_path / "run", warm_start=str(log), max_scored_completions=0, max_steps=4)
     run.train()
@@ -192,7 +195,7 @@ def test_logged_completions_alone_can_be_learned_from(tiny_llama_path, tmp_path)
 
 
 def test_mistakes_are_named_before_anything_is_loaded_for_long(tiny_llama_path, tmp_path):
-    with pytest.raises(ValueError, match="learning_rat.*did you mean learning_rate"):
+    with pytest.raises(ValueError, match=r"learning_rat.*did you mean learning_rate"):
         DQNConfig(output_dir=str(tmp_path), learning_rat=1)
     with pytest.raises(UserError, match="wanted"):
         trainer(tiny_llama_path, tmp_path, dataset=Dataset.from_list([{"prompt": "x"}] * 8))
