@@ -81,7 +81,7 @@ class DataSection(Section):
 
 
 class EpsilonSection(Section):
-    """Share of tokens that exploration writes: falls in a straight line from start to end."""
+    """Share of completions (explore: prior) or tokens (explore: uniform) that exploration writes; falls in a line."""
 
     start: Share = Field(default=1.0, description="Share at step 0.")
     end: Share = Field(default=0.05, description="Share from `steps` on; at most start.")
@@ -113,11 +113,11 @@ class RolloutSection(Section):
         default=None, description="Leave out tokens below this share of the likeliest one's probability; null = none."
     )
     epsilon: EpsilonSection = Field(
-        default_factory=EpsilonSection, description="Schedule of the share of exploring tokens: start, end, steps."
+        default_factory=EpsilonSection, description="Schedule of the share that exploration writes: start, end, steps."
     )
     explore: Literal["prior", "uniform"] = Field(
         default="prior",
-        description="Exploring tokens come from the base model, or from the whole vocabulary (textbook).",
+        description="prior: that share of completions is the base model's; uniform: of tokens, any token (textbook).",
     )
 
 
@@ -217,7 +217,7 @@ class ReplaySection(Section):
     )
     prioritized: StrictBool = Field(default=False, description="Sample by TD error; needs success_share 0.")
     success_share: Share = Field(
-        default=0.7, description="Share of a batch drawn from episodes with rewards above the median; 0 = uniform."
+        default=0.7, description="Share of a batch drawn from episodes with rewards above the buffer's mean; 0 = uniform."
     )
     warm_start: Text | None = Field(
         default=None, description="JSONL of prompt, completion, reward that fills the buffer before step 0."

@@ -68,7 +68,7 @@ def test_a_reward_file_of_a_recipe_is_found_from_anywhere(
 
 def test_a_point_for_each_right_character_at_its_place() -> None:
     completions = ["你好世界", "世界你好", "你们世界", "", "你好世界！"]
-    assert characters(prompts=["问候："] * 5, completions=completions) == [4, 0, 3, 0, 3.5]
+    assert characters(prompts=["问候："] * 5, completions=completions) == [4, 0, 3, 0, 4]
 
 
 def test_the_last_number_is_the_answer() -> None:

@@ -6,9 +6,8 @@ GOAL = "你好世界"
 
 
 def characters(completions: list[str], **columns: Any) -> list[float]:
-    """One point for each character of 你好世界 that stands in its place; half a point off for each one too many."""
+    """One point for each character of 你好世界 that stands in its place."""
     return [
-        sum(written == wanted for written, wanted in zip(completion, GOAL, strict=False))
-        - 0.5 * max(0, len(completion) - len(GOAL))
+        float(sum(written == wanted for written, wanted in zip(completion, GOAL, strict=False)))
         for completion in completions
     ]
