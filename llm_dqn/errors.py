@@ -1,5 +1,8 @@
 """The two ways in which a command can end badly, told apart so that people know whose turn it is."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """What the user gave is wrong: a recipe key, a file, a column, a reward.
@@ -15,3 +18,20 @@ class RunError(RuntimeError):
 
 class NotReachable(UserError):
     """Something that lies on the Hub cannot be had now: not in the cache, and no connection (or no such repository)."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that was probably meant by a mistyped name, or None when nothing is close."""
+    by_form = {_form(choice): choice for choice in choices}
+    close = difflib.get_close_matches(_form(name), by_form, n=1, cutoff=0.6)
+    return by_form[close[0]] if close else None
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """'; did you mean x?' for the choice that was probably meant, or nothing."""
+    close = nearest(name, choices)
+    return f"; did you mean {close}?" if close else ""
+
+
+def _form(name: str) -> str:
+    return name.lower().replace("-", "_")

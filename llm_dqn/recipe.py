@@ -26,7 +26,7 @@ from llm_dqn.recipe_sections import (
     Text,
     TrainSection,
 )
-from llm_dqn.recipe_yaml import Document, Problem, RecipeError, apply_override, nearest, read_yaml
+from llm_dqn.recipe_yaml import Document, Problem, RecipeError, apply_override, read_yaml
 from llm_dqn.shipped import copy_recipe, find_recipe, resolve_path, shipped_recipes, shipped_root
 
 __all__ = [
@@ -49,7 +49,6 @@ __all__ = [
     "in_file_order",
     "load_recipe",
     "load_recipe_partially",
-    "nearest",
     "parse_recipe",
     "parse_recipe_partially",
     "resolve_path",

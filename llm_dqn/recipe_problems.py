@@ -6,7 +6,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from llm_dqn.recipe_yaml import Document, Problem, nearest
+from llm_dqn.errors import did_you_mean, nearest
+from llm_dqn.recipe_yaml import Document, Problem
 
 
 def problems_of(error: ValidationError, root: type[BaseModel], document: Document) -> list[Problem]:
@@ -88,8 +89,7 @@ def _wrong_value(model: type[BaseModel], leaf: str, value: Any) -> str:
     hint = ""
     if isinstance(value, str):
         choices = [choice for option in schema.get("anyOf", [schema]) for choice in option.get("enum", [])]
-        close = nearest(value, choices)
-        hint = f"; did you mean {close}?" if close else ""
+        hint = did_you_mean(value, choices)
     return f"expected {_in_words(schema)}, got {_shown(value)}{hint}"
 
 

@@ -4,9 +4,8 @@ PyYAML alone lets the last of two equal keys win, forgets line numbers, follows 
 objects. Recipes are written by hand, so each of those is a mistake to report.
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,13 +62,6 @@ class Document:
                 return Problem(self.source, self.lines[path], key, message)
             path = path.rpartition(".")[0]
         return Problem(self.source, None, key, message)
-
-
-def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """The choice that was probably meant, or None when nothing is close."""
-    by_lower = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), by_lower, n=1, cutoff=0.6)
-    return by_lower[close[0]] if close else None
 
 
 class _Loader(yaml.SafeLoader):

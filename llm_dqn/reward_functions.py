@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from llm_dqn.errors import UserError
+from llm_dqn.errors import UserError, did_you_mean
 from llm_dqn.reward_model import RewardModel
 from llm_dqn.reward_worker import Location, load_module, location_of
-from llm_dqn.tables import did_you_mean
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from llm_dqn.errors import UserError
+from llm_dqn.errors import UserError, did_you_mean
 from llm_dqn.models import (
     check_model_folder,
     check_safetensors,
@@ -17,7 +17,6 @@ from llm_dqn.models import (
     loading_error,
     refuse_missing_weights,
 )
-from llm_dqn.tables import did_you_mean
 from llm_dqn.types import Message
 
 _UNBOUNDED = 1_000_000  # tokenizers without a limit claim 1e30

@@ -4,8 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from llm_dqn.errors import UserError
-from llm_dqn.recipe_yaml import nearest
+from llm_dqn.errors import UserError, did_you_mean
 
 
 def shipped_root() -> Path:
@@ -30,10 +29,9 @@ def find_recipe(path_or_name: str | os.PathLike[str]) -> tuple[str, str]:
         if name in shipped and path.parent in (Path("."), Path("recipes")):
             path = _for_people(shipped[name])
         else:
-            close = nearest(name, shipped)
-            hint = f"; did you mean {close}?" if close else ""
             kind = "is a folder" if path.is_dir() else "no such file"
-            raise UserError(f"recipe {typed}: {kind}, and no shipped recipe ({', '.join(shipped)}) has that name{hint}")
+            known = f"no shipped recipe ({', '.join(shipped)}) has that name"
+            raise UserError(f"recipe {typed}: {kind}, and {known}{did_you_mean(name, shipped)}")
     try:
         return str(path), path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,14 +1,13 @@
 """Rows from files, the Hub or memory: every source ends as a list of dicts that all have the same columns."""
 
 import csv
-import difflib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_dqn.errors import NotReachable, UserError
+from llm_dqn.errors import NotReachable, UserError, did_you_mean
 
 Row = dict[str, Any]
 
@@ -34,12 +33,6 @@ class Table:
                 f"{self.name} has no column '{column}'{did_you_mean(column, self.columns)} "
                 f"(columns: {', '.join(self.columns)}; set {key} to choose another)"
             )
-
-
-def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """' -- did you mean 'x'?' for the option nearest to a mistyped word, or nothing."""
-    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
-    return f" -- did you mean '{near[0]}'?" if near else ""
 
 
 def read_table(source: Any, split: str = "train") -> Table:

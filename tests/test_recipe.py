@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llm_dqn.errors import UserError
+from llm_dqn.errors import UserError, did_you_mean, nearest
 from llm_dqn.recipe import (
     FLAT_SECTIONS,
     DQNConfig,
@@ -16,7 +16,6 @@ from llm_dqn.recipe import (
     dump_recipe,
     load_recipe,
     load_recipe_partially,
-    nearest,
     parse_recipe,
     parse_recipe_partially,
     resolve_path,
@@ -56,7 +55,7 @@ def test_five_mistakes_are_five_lines_with_place_and_cure() -> None:
         replay: {capacity: 40}
         """
     assert lines_of(text) == [
-        "x.yaml:5: data.too_long: expected one of error, drop, truncate, got 'drp'; did you mean drop?",
+        "x.yaml:5: data.too_long: expected one of error, drop, truncate, keep_start, got 'drp'; did you mean drop?",
         "x.yaml:7: reward.funcs: expected a list with at least one entry, got []",
         "x.yaml:10: train.learning_rat: unknown key (got 0.1); did you mean learning_rate?",
         "x.yaml:11: train.max_steps: expected a whole number of at least 1, got 'eight'",
@@ -357,3 +356,5 @@ def test_paths_are_found_here_beside_the_recipe_and_among_the_shipped_files(
 def test_nearest_says_nothing_when_nothing_is_near() -> None:
     assert nearest("Learning-Rate", ["learning_rate", "seed"]) == "learning_rate"
     assert nearest("zebra", ["learning_rate", "seed"]) is None
+    assert did_you_mean("Seeds", ["learning_rate", "seed"]) == "; did you mean seed?"
+    assert did_you_mean("zebra", ["learning_rate", "seed"]) == ""

@@ -56,15 +56,15 @@ def test_function_of_a_module(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("my_reward.py:concise", r"no file 'my_reward\.py' -- did you mean 'my_rewards\.py'\? \(looked in: "),
+        ("my_reward.py:concise", r"no file 'my_reward\.py'; did you mean my_rewards\.py\? \(looked in: "),
         (
             "my_rewards.py:concize",
-            r"has no 'concize' -- did you mean 'concise'\? \(my_rewards\.py has: concise, polite\)",
+            r"has no 'concize'; did you mean concise\? \(my_rewards\.py has: concise, polite\)",
         ),
         ("my_rewards.py", r"which function\? write 'my_rewards\.py:concise'"),
         ("my_rewards.py:SCALE", r"'SCALE' is int, not a function"),
         ("broken.py:f", r"importing .*broken\.py failed: NameError: name 'oops' is not defined"),
-        ("tests.reward_examples.lenght", r"has no 'lenght' -- did you mean 'length'\?"),
+        ("tests.reward_examples.lenght", r"has no 'lenght'; did you mean length\?"),
         (
             "no_such_package.rewards.f",
             r"no module 'no_such_package' can be imported; a function is written 'file\.py:f",
@@ -136,7 +136,7 @@ def test_label_of_several(tmp_path: Path) -> None:
         UserError, match=r"tells 3 labels apart \(negative, neutral, positive\); name .*judge#positive'"
     ):
         load_reward(path)
-    with pytest.raises(UserError, match=r"no label 'positiv' -- did you mean 'positive'\? \(labels: negative, neutral"):
+    with pytest.raises(UserError, match=r"no label 'positiv'; did you mean positive\? \(labels: negative, neutral"):
         load_reward(path + "#positiv")
 
 

@@ -78,7 +78,7 @@ def test_missing_column_is_the_users_to_mend_whatever_on_error_says() -> None:
         return answer
 
     rewards = Rewards([reward], on_error="skip")
-    message = r"the reward 'reward' needs 'answer', which is no column of the data -- did you mean 'answers'\?"
+    message = r"the reward 'reward' needs 'answer', which is no column of the data; did you mean answers\?"
     with pytest.raises(UserError, match=message):
         rewards.score(PROMPTS, COMPLETIONS, [{"answers": 1}] * 3)
     with pytest.raises(UserError, match=message):
