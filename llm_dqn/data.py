@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jinja2 import TemplateError
@@ -16,7 +16,7 @@ from llm_dqn.types import Message, Prompt
 
 logger = logging.getLogger(__name__)
 
-TooLong = Literal["error", "drop", "truncate"]
+TooLong = Literal["error", "drop", "truncate", "keep_start"]
 
 _HOLD_OUT = 0x401D  # keeps the split's random stream apart from that of the epochs
 
@@ -43,11 +43,12 @@ def load_prompts(
 ) -> list[Prompt]:
     """All prompts of a file, Hub id, `Dataset` or list of dicts, tokenised; other columns travel along.
 
-    A prompt of more than `max_prompt_length` tokens is an error, is dropped, or loses tokens at its start (a plain
-    prompt is then what is left of it, for rewards too). Raises `UserError` naming source, row and column.
+    A prompt of more than `max_prompt_length` tokens is an error, is dropped, or loses tokens at its start ("truncate")
+    or at its end ("keep_start"); a plain prompt is then what is left of it, for rewards too. Raises `UserError` naming
+    source, row and column.
     """
-    if too_long not in ("error", "drop", "truncate"):
-        raise UserError(f"too_long: '{too_long}' is not one of error, drop, truncate")
+    if too_long not in get_args(TooLong):
+        raise UserError(f"too_long: '{too_long}' is not one of {', '.join(get_args(TooLong))}")
     table = read_table(source, split)
     table.require(prompt_column, "prompt_column")
     prompts = _tokenise(table, prompt_column, tokenizer)
@@ -136,10 +137,15 @@ def _fit(
         raise UserError(
             f"{table.place(over[0])}: the prompt has {len(prompts[over[0]].ids)} tokens, more than max_prompt_length="
             f"{limit}; {len(over)} of {len(prompts)} rows are too long (longest {longest}); raise max_prompt_length or "
-            "set too_long to drop or truncate"
+            "set too_long to drop, truncate (keeps the end) or keep_start"
+        )
+    if over and too_long == "keep_start" and isinstance(prompts[over[0]].prompt, list):
+        raise UserError(
+            f"{table.place(over[0])}: too_long: keep_start would cut a conversation off before the model's turn; use "
+            "drop or truncate"
         )
     if over:
-        deeds = {"drop": "dropped", "truncate": "shortened at their start"}
+        deeds = {"drop": "dropped", "truncate": "shortened at their start", "keep_start": "shortened at their end"}
         logger.warning(
             "%s: %d of %d prompts over max_prompt_length=%d %s",
             table.name,
@@ -150,15 +156,18 @@ def _fit(
         )
     fitting: list[Prompt | None] = list(prompts)
     for index in over:
-        fitting[index] = None if too_long == "drop" else _shorten(prompts[index], tokenizer, limit)
+        fitting[index] = None if too_long == "drop" else _shorten(prompts[index], tokenizer, limit, too_long)
     if all(prompt is None for prompt in fitting):
         raise UserError(f"{table.name}: no prompt has at most max_prompt_length={limit} tokens")
     return fitting
 
 
-def _shorten(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limit: int) -> Prompt:
+def _shorten(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limit: int, too_long: TooLong) -> Prompt:
     starts = limit > 1 and prompt.ids[0] == tokenizer.bos_token_id
-    ids = prompt.ids[:1] + prompt.ids[-(limit - 1) :] if starts else prompt.ids[-limit:]
+    if too_long == "keep_start":
+        ids = prompt.ids[:limit]
+    else:
+        ids = prompt.ids[:1] + prompt.ids[-(limit - 1) :] if starts else prompt.ids[-limit:]
     if isinstance(prompt.prompt, list):
         return replace(prompt, ids=ids, text=tokenizer.decode(ids))
     text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -234,7 +243,7 @@ def load_logged(
     """Completions with their rewards, from columns prompt, completion, reward and optionally ended ('eos', 'length').
 
     A completion that ended by itself gets the end-of-sequence token. One of more than `max_completion_length` tokens
-    is an error, or is dropped by both other rules: its reward was paid for the whole of it.
+    is an error, or is dropped by all other rules: its reward was paid for the whole of it.
     """
     table = read_table(source, split)
     for column in (prompt_column, "completion", "reward"):

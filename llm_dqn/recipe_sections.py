@@ -75,8 +75,8 @@ class DataSection(Section):
     max_prompt_length: Annotated[Int, Field(ge=1)] = Field(
         default=512, description="Longest prompt allowed, in tokens."
     )
-    too_long: Literal["error", "drop", "truncate"] = Field(
-        default="error", description="What happens to longer prompts; truncate keeps the end."
+    too_long: Literal["error", "drop", "truncate", "keep_start"] = Field(
+        default="error", description="What happens to longer prompts; truncate keeps their end, keep_start the start."
     )
 
 
@@ -217,7 +217,8 @@ class ReplaySection(Section):
     )
     prioritized: StrictBool = Field(default=False, description="Sample by TD error; needs success_share 0.")
     success_share: Share = Field(
-        default=0.7, description="Share of a batch drawn from episodes with rewards above the buffer's mean; 0 = uniform."
+        default=0.7,
+        description="Share of a batch drawn from episodes that scored above the buffer's mean; 0 = uniform.",
     )
     warm_start: Text | None = Field(
         default=None, description="JSONL of prompt, completion, reward that fills the buffer before step 0."

@@ -66,7 +66,7 @@ def test_saved_data_set_and_its_splits(tmp_path: Path, tokenizer: PreTrainedToke
     whole = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS[:1]))
     whole.save_to_disk(tmp_path / "saved")
     assert len(load(str(tmp_path / "saved"), tokenizer, split="test")) == 1
-    with pytest.raises(UserError, match=r"has no split 'tset' -- did you mean 'test'\? \(splits: train, test\)"):
+    with pytest.raises(UserError, match=r"has no split 'tset'; did you mean test\? \(splits: train, test\)"):
         load(str(tmp_path / "saved"), tokenizer, split="tset")
 
 
@@ -83,9 +83,7 @@ def test_other_prompt_column_and_missing_values(tokenizer: PreTrainedTokenizerFa
 
 def test_missing_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     write(tmp_path / "prompts_train.jsonl", ROWS)
-    with pytest.raises(
-        UserError, match=r"prompts_trian\.jsonl' does not exist -- did you mean 'prompts_train\.jsonl'\?"
-    ):
+    with pytest.raises(UserError, match=r"prompts_trian\.jsonl' does not exist; did you mean prompts_train\.jsonl\?"):
         load(str(tmp_path / "prompts_trian.jsonl"), tokenizer)
     with pytest.raises(UserError, match=r"'\./nowhere' does not exist"):
         load("./nowhere", tokenizer)
@@ -132,7 +130,7 @@ def test_wrong_things_in_memory(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_missing_column(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"no column 'promt' -- did you mean 'prompt'\? \(columns: prompt, answer"):
+    with pytest.raises(UserError, match=r"no column 'promt'; did you mean prompt\? \(columns: prompt, answer"):
         load(ROWS, tokenizer, prompt_column="promt")
 
 
@@ -223,12 +221,26 @@ def test_too_long_prompts(tokenizer: PreTrainedTokenizerFast, caplog: pytest.Log
         load(rows, tokenizer, too_long="cut")
 
 
-def test_shortened_prompt_keeps_its_bos() -> None:
+def test_the_start_of_long_prompts_can_be_kept(
+    tokenizer: PreTrainedTokenizerFast, chat_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "the"}, {"prompt": "the plot and the noise and the film"}]
+    whole, short = load(rows, tokenizer, max_prompt_length=4, too_long="keep_start")
+    assert whole.text == "the"
+    assert short.ids == tokenizer(rows[1]["prompt"]).input_ids[:4]
+    assert rows[1]["prompt"].startswith(short.text) and short.prompt == short.text
+    assert "1 of 2 prompts over max_prompt_length=4 shortened at their end" in caplog.text
+    with pytest.raises(UserError, match="row 1: too_long: keep_start would cut a conversation off"):
+        load([{"prompt": CHAT}], chat_tokenizer, max_prompt_length=4, too_long="keep_start")
+
+
+@pytest.mark.parametrize("rule", ["truncate", "keep_start"])
+def test_shortened_prompt_keeps_its_bos(rule: str) -> None:
     tokenizer = tiny_models.tokenizer()
     tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
     )
-    prompt = load([{"prompt": "the plot and the noise"}], tokenizer, max_prompt_length=3, too_long="truncate")[0]
+    prompt = load([{"prompt": "the plot and the noise"}], tokenizer, max_prompt_length=3, too_long=rule)[0]
     assert prompt.ids[0] == tokenizer.bos_token_id
     assert len(prompt.ids) == 3
     assert "<bos>" not in prompt.text
@@ -342,7 +354,7 @@ def test_wrong_logged_rows(change: dict, message: str, tokenizer: PreTrainedToke
 
 
 def test_logged_columns_are_required(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"no column 'reward' -- did you mean 'rewards'\?"):
+    with pytest.raises(UserError, match=r"no column 'reward'; did you mean rewards\?"):
         load_logged([{"prompt": "a", "completion": "b", "rewards": 1}], tokenizer)
 
 
