@@ -6,7 +6,7 @@ import yaml
 
 
 def model_card(base_model: str, recipe_text: str, report: dict[str, Any] | None = None) -> str:
-    """Markdown with the metadata block that the Hub reads. `report`: the content of `evaluation.json`, if there is one."""
+    """Markdown with the metadata block that the Hub reads. `report`: the content of `evaluation.json`, if any."""
     metadata = {
         "base_model": base_model,
         "library_name": "peft",

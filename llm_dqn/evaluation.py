@@ -29,8 +29,8 @@ def measure(writer: Writer, prompts: Sequence[Prompt], score: Score, seed: int, 
     """One sampled and one greedy completion a prompt by the tuned policy, or by the untouched base model.
 
     Figures: `reward` (mean of sampled), `reward_ci` (95 %, bootstrap over prompts), `reward_greedy`, `kl` (nats a
-    token, exact over the vocabulary, on the sampled completions), `perplexity` (of the sampled completions under the base),
-    `length` (tokens), `distinct_2`, `prompts`.
+    token, exact over the vocabulary, on the sampled completions), `perplexity` (of the sampled completions under the
+    base), `length` (tokens), `distinct_2`, `prompts`.
     """
     exploring = 1.0 if base else 0.0  # an epsilon of 1 over the prior is the base model itself
     episodes = score(rollout(writer, prompts, BehaviourPolicy(epsilon=exploring), seed))

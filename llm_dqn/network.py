@@ -1,8 +1,8 @@
 """The Q-network: a pretrained causal LM that says what the next token is worth.
 
 `lm`      Q(s, a) = V(s) + beta [log pi(a|s) - log pi_ref(a|s)]. The LM's own output layer carries the advantage, a
-          small head on the hidden state carries V. Because pi is normalised, beta log sum_a pi_ref exp(Q / beta) = V exactly:
-          a soft maximum that costs nothing. Acting by pi_ref exp(Q / beta) is sampling from the LM.
+          small head on the hidden state carries V. Because pi is normalised, beta log sum_a pi_ref exp(Q / beta) = V
+          exactly: a soft maximum that costs nothing. Acting by pi_ref exp(Q / beta) is sampling from the LM.
 `linear`  Q(s, a) = w_a . h(s) + b, the textbook head, acting by prior * exp(Q / beta), the prior being the LM's own
           output layer on the same hidden state.
 
@@ -260,9 +260,9 @@ class QNetwork(nn.Module):
 
     def start_values_at(self, reward: float) -> None:
         """Before the first update every state is worth the mean reward seen so far."""
-        for heads in (self.heads, self.target_heads):
-            for head in heads.values():
-                head.start_at(reward)
+        for head in (*self.heads.values(), *self.target_heads.values()):
+            assert isinstance(head, ValueHead | LinearQHead)
+            head.start_at(reward)
 
     @torch.no_grad()
     def sync_target(self, tau: float = 1.0) -> None:

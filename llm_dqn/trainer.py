@@ -256,7 +256,7 @@ class DQNTrainer:
         self.logbook.checkpoint(self.step, self.state(), self.tensors())
 
     def state(self) -> dict[str, Any]:
-        """The counters of a checkpoint, as plain JSON. They key all random streams, which need no state of their own."""
+        """Counters of a checkpoint, as plain JSON. They key all random streams, which need no state of their own."""
         return {
             "step": self.step,
             "scored_completions": self.scored_completions,
