@@ -20,15 +20,15 @@ from transformers import (
 OPENING = "We went to Rosa's, a small trattoria by the river, last Saturday with my sister."
 PROBES = {
     "nothing but the opening": "",
-    "an unfinished sentence": " The soup was",
-    "one good sentence": " The soup was delicious.",
-    "one bad sentence": " The soup was cold.",
-    "good": " The soup was delicious, and the staff were kind and patient. The bill was more than fair.",
-    "bad": " The soup was cold, and the staff were very rude. The bill was a nasty shock.",
-    "mixed": " The soup was delicious. However, the staff were very rude.",
+    "an unfinished sentence": " The risotto was",
+    "one good sentence": " The risotto was delicious.",
+    "one bad sentence": " The risotto was cold.",
+    "good": " The risotto was delicious, and the staff were kind and patient. The bill was more than fair.",
+    "bad": " The risotto was cold, and the staff were very rude. The bill was a nasty shock.",
+    "mixed": " The risotto was delicious. However, the staff were very rude.",
     "one word thirty times": " great" * 30,
     "a list of praise": " wonderful delicious friendly perfect lovely great best superb brilliant excellent",
-    "one sentence eight times": " The soup was delicious." * 8,
+    "one sentence eight times": " The risotto was delicious." * 8,
 }
 
 
