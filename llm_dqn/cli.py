@@ -111,13 +111,14 @@ def evaluate(
 ) -> None:
     """Measure base against tuned on held-out prompts."""
     from llm_dqn.console import Console
+    from llm_dqn.evaluation import side_by_side
     from llm_dqn.inference import evaluate_run
 
     _hush()
-    report, _ = evaluate_run(
+    report, pairs = evaluate_run(
         run, prompts=prompts, output=output, reward_specs=rewards or (), seed=seed, max_prompts=max_prompts
     )
-    Console().final_table(report["base"], report["tuned"], report["win_rate"])
+    Console().final_table(report["base"], report["tuned"], report["win_rate"], side_by_side(pairs))
 
 
 @recipes_app.callback()

@@ -60,6 +60,20 @@ def base_and_tuned(
     return {"base": base.figures, "tuned": tuned.figures, "win_rate": win_rate(pairs)}, pairs
 
 
+def side_by_side(pairs: Sequence[tuple[Episode, Episode]], count: int = 4) -> list[dict[str, Any]]:
+    """The first `count` (base, tuned) pairs as `prompt`, `base`, `base_reward`, `tuned`, `tuned_reward`."""
+    return [
+        {
+            "prompt": base.prompt if isinstance(base.prompt, str) else str(base.prompt[-1]["content"]),
+            "base": base.completion,
+            "base_reward": base.reward,
+            "tuned": tuned.completion,
+            "tuned_reward": tuned.reward,
+        }
+        for base, tuned in pairs[:count]
+    ]
+
+
 def judged(rewards: Rewards, episodes: Sequence[Episode]) -> list[Episode]:
     """Episodes with what the rewards say of them; those on which every reward abstained are left out."""
     results = rewards.score(

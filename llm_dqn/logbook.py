@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from llm_dqn import __version__, card, checkpoint
 from llm_dqn.console import Console
 from llm_dqn.errors import RunError
-from llm_dqn.metrics import MetricsLog, open_trackers
+from llm_dqn.evaluation import side_by_side
+from llm_dqn.metrics import MetricsLog, close_trackers, open_trackers
 from llm_dqn.network import QNetwork
 from llm_dqn.types import Episode, QOutput, TDTarget
 
@@ -84,9 +85,14 @@ class Logbook:
         os.replace(self.folder, aside)
         self.console.say(f"{self.folder} held an earlier run: moved to {aside}")
 
-    def panel(self, total_steps: int) -> AbstractContextManager[Any]:
-        """The live view while training."""
-        return self.console.live(total_steps)
+    @contextmanager
+    def panel(self, total_steps: int) -> Iterator[None]:
+        """The live view while training. However that ends, trackers get what they have not written yet."""
+        try:
+            with self.console.live(total_steps):
+                yield
+        finally:
+            close_trackers(self.accelerator)
 
     # --- while learning ---------------------------------------------------------------------------------------------
 
@@ -116,13 +122,17 @@ class Logbook:
             self.console.sample(episodes[0].prompt, episodes[0].completion, episodes[0].reward)
 
     @torch.no_grad()
-    def updated(self, q: QOutput, target: TDTarget, mask: Tensor, count: Tensor) -> None:
-        """Notes what an update saw. Stays on the device: nothing waits for these numbers."""
-        share = self.accelerator.num_processes / count
-        self.metrics.add("train/td_loss", ((q.taken - target.returns).square() * mask).sum() * share)
-        self.metrics.add("train/q_taken", (q.taken * mask).sum() * share)
-        self.metrics.add("train/td_target", (target.returns * mask).sum() * share)
-        self.metrics.add("train/advantage", target.advantages.abs().sum() * share)
+    def updated(self, q: QOutput, target: TDTarget, mask: Tensor) -> None:
+        """Notes what an update saw, token by token. Stays on the device: nothing waits for these numbers."""
+        facts = {
+            "train/td_loss": (q.taken - target.returns).square(),
+            "train/q_taken": q.taken,
+            "train/td_target": target.returns,
+            "train/advantage": target.advantages.abs(),
+        }
+        tokens = mask.sum()
+        for name, values in facts.items():
+            self.metrics.add(name, (values * mask).sum() / tokens, weight=tokens)
 
     def add(self, name: str, value: Tensor | float) -> None:
         """One more value of a metric, averaged until the next line."""
@@ -189,17 +199,7 @@ class Logbook:
         for folder in (self.folder / "adapter", self.folder / "model"):
             if folder.is_dir():
                 self._write_card(folder, report)
-        samples = [
-            {
-                "prompt": _text(base.prompt),
-                "base": base.completion,
-                "base_reward": base.reward,
-                "tuned": tuned.completion,
-                "tuned_reward": tuned.reward,
-            }
-            for base, tuned in pairs[:4]
-        ]
-        self.console.final_table(report["base"], report["tuned"], report["win_rate"], samples)
+        self.console.final_table(report["base"], report["tuned"], report["win_rate"], side_by_side(pairs))
         self.console.where(self.folder)
 
 
@@ -207,10 +207,6 @@ def _keep_lines(file: Path, count: int) -> None:
     if file.exists():
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:count]
         file.write_text("".join(lines), encoding="utf-8")
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _versions() -> str:

@@ -33,18 +33,21 @@ class MetricsLog:
         self.path = Path(path)
         self.accelerator = accelerator
         self.main = accelerator is None or accelerator.is_main_process
-        self._means: dict[str, tuple[Tensor | float, float]] = {}  # name -> (sum, how many)
+        self._means: dict[str, tuple[Tensor | float, Tensor | float]] = {}  # name -> (sum, how many)
         self._rates: dict[str, tuple[float, float]] = {}  # name -> (units, seconds)
         self._earlier_seconds = 0.0  # spent before the run was resumed
         self._started = time.monotonic()
         self._nonfinite = 0
 
-    def add(self, name: str, value: Tensor | float) -> None:
-        """One more value of a mean. A 0-d tensor stays on its device, so that nothing waits for it before `log`."""
+    def add(self, name: str, value: Tensor | float, weight: Tensor | float = 1) -> None:
+        """One more value of a mean, counting as much as `weight` values do.
+
+        0-d tensors stay on their device, so that nothing waits for them before `log`.
+        """
         if isinstance(value, Tensor):
             value = value.detach().float()
         total, count = self._means.get(name, (0.0, 0))
-        self._means[name] = (total + value, count + 1)
+        self._means[name] = (total + value * weight, count + weight)
 
     def add_rate(self, name: str, units: float, seconds: float) -> None:
         """So many units in so many seconds; the line holds units a second, all processes together."""
@@ -80,7 +83,7 @@ class MetricsLog:
     def _merged(self) -> dict[str, float]:
         """Means and rates over all processes."""
         mine = {
-            "means": {name: (float(total), count) for name, (total, count) in self._means.items()},
+            "means": {name: (float(total), float(count)) for name, (total, count) in self._means.items()},
             "rates": self._rates,
         }
         everyone = [mine]
@@ -107,7 +110,7 @@ class MetricsLog:
     def state(self) -> dict[str, Any]:
         """What the next line depends on, as plain JSON."""
         return {
-            "means": {name: [float(total), count] for name, (total, count) in self._means.items()},
+            "means": {name: [float(total), float(count)] for name, (total, count) in self._means.items()},
             "rates": {name: list(pair) for name, pair in self._rates.items()},
             "seconds": self.seconds,
             "nonfinite": self._nonfinite,
@@ -162,3 +165,10 @@ def open_trackers(
         accelerator.project_configuration.set_directories(str(folder))
         accelerator.log_with = list(names)
         accelerator.init_trackers(run_name)
+
+
+def close_trackers(accelerator: Accelerator) -> None:
+    """Lets every open tracker write what it still holds; nothing is logged to them afterwards."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []

@@ -174,7 +174,7 @@ class DQNTrainer:
         args, mask = self.args, batch.action_mask
         q = self.parts.model(batch)
         loss = self.parts.td_loss(q, target.returns, mask, count)
-        self.logbook.updated(q, target, mask, count)
+        self.logbook.updated(q, target, mask)
         if args.prioritized:
             errors = ((q.taken - target.returns).abs() * mask).sum(1) / mask.sum(1)
             self.replay.update_priorities(batch.slots, errors.detach())

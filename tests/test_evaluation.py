@@ -1,10 +1,12 @@
 """Figures of an evaluation on hand-made numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from llm_dqn.evaluation import bootstrap_interval, distinct_n, measure, perplexity, win_rate
+from llm_dqn.evaluation import bootstrap_interval, distinct_n, measure, perplexity, side_by_side, win_rate
 from tests.networks import episode, network, prompts, shake, writer
 
 
@@ -50,3 +52,11 @@ def test_base_and_tuned_are_measured_by_who_wrote(tiny_llama_path):
     assert measure(write, asked, score, seed=0, base=True).figures == same
     assert tuned["reward_greedy"] != same["reward_greedy"] and tuned["kl"] > 0.05
     assert tuned["perplexity"] > same["perplexity"]
+
+
+def test_pairs_are_shown_side_by_side():
+    asked = replace(episode([1], [2], 0.25), prompt=[{"role": "user", "content": "How?"}], completion="bad")
+    pairs = [(asked, replace(asked, completion="good", reward=0.75)), (episode([1], [2]), episode([1], [2]))]
+    shown = {"prompt": "How?", "base": "bad", "base_reward": 0.25, "tuned": "good", "tuned_reward": 0.75}
+    assert side_by_side(pairs, count=1) == [shown]
+    assert [row["prompt"] for row in side_by_side(pairs)] == ["How?", "p"]
