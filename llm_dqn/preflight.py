@@ -9,17 +9,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_dqn import data, models
 from llm_dqn.adapters import lora_config
-from llm_dqn.assembly import Inputs, base_model_of, prompts_of, settings_of
+from llm_dqn.assembly import Inputs, base_model_of, held_out, settings_of
 from llm_dqn.errors import NotReachable, RunError, UserError
-from llm_dqn.recipe import Problem, Recipe, with_resolved_paths
+from llm_dqn.recipe import Problem, Recipe, mislaid, with_resolved_paths
 from llm_dqn.rewards import RewardFunction, Rewards, load_reward
+from llm_dqn.tables import Table, read_table
 from llm_dqn.trainer import DQNTrainer
 from llm_dqn.types import Prompt
 
@@ -36,14 +38,19 @@ class Findings:
     lines: list[str] = field(default_factory=list)
     unreachable: list[str] = field(default_factory=list)  # what a run would download, and cannot be looked at now
 
-    def attempt(self, key: str, what: str, action: Callable[[], T]) -> T | None:
-        """The result of `action`; None when it failed, which is noted under the recipe's `key`."""
+    def attempt(self, key: str, action: Callable[[], T], kind: str = "", source: str | None = None) -> T | None:
+        """The result of `action`; None when it failed, which is noted under the recipe's `key`.
+
+        `kind` and `source` say what was to be opened: "model", "data/tiny_lm".
+        """
         try:
             return action()
-        except NotReachable:
-            self.unreachable.append(what)
         except (UserError, RunError) as error:
-            self.problem(key, str(error))
+            mistyped = None if source is None else mislaid(source, self.recipe.folder)
+            if mistyped is None and isinstance(error, NotReachable):
+                self.unreachable.append(f"{kind} {source}")
+            else:
+                self.problem(key, mistyped or str(error))
         return None
 
     def problem(self, key: str, message: str) -> None:
@@ -56,100 +63,114 @@ def preflight(recipe: Recipe) -> tuple[list[Problem], list[str]]:
     found = Findings(recipe)
     resolved = with_resolved_paths(recipe)
     tokenizer, model = _model(found, resolved)
-    prompts = _prompts(found, resolved, tokenizer)
-    rewards = _rewards(found, resolved, prompts)
-    _logged(found, resolved, tokenizer)
-    if model is not None and tokenizer is not None:
-        found.attempt("model.model_name_or_path", "", lambda: models.num_valid_tokens(model, tokenizer))
+    tables = _tables(found, resolved)
+    prompts = None if tokenizer is None else _prompts(found, resolved, tables, tokenizer)
+    rewards = _rewards(found, resolved, tables)
+    if tokenizer is not None:
+        _logged(found, resolved, tokenizer)
     if model is not None:
         _estimate(found, resolved, model)
-    complete = model and tokenizer and prompts and rewards
-    if complete and not found.problems and not found.unreachable:
+    whole = model and tokenizer and prompts and rewards and resolved.train.output_dir
+    if whole and not found.problems and not found.unreachable:
         _one_step(found, resolved, model, tokenizer, prompts, rewards)  # type: ignore[arg-type]
     if found.unreachable:
-        found.lines.append("a run would download, and this check could not look into: " + ", ".join(found.unreachable))
+        found.lines.append("a run would download these, and they could not be looked into:")
+        found.lines += [f"  {name}" for name in dict.fromkeys(found.unreachable)]
+        found.lines.append("everything else was looked at, but for a rollout and an update, which need them all")
     return found.problems, found.lines
 
 
 def _model(found: Findings, recipe: Recipe) -> tuple[PreTrainedTokenizerBase | None, PreTrainedModel | None]:
     facts = recipe.model
-    if facts.model_name_or_path is None:
-        return None, None
     name, key = facts.model_name_or_path, "model.model_name_or_path"
-    model = found.attempt(key, f"the model {name}", lambda: base_model_of(recipe))
+    if name is None:
+        return None, None
+    model = found.attempt(key, partial(base_model_of, recipe), "model", name)
     if model is None:
         return None, None
-    tokenizer = found.attempt(
-        key,
-        f"the tokenizer of {name}",
-        lambda: models.load_tokenizer(name, facts.model_revision, facts.trust_remote_code),
-    )
-    found.attempt(key, "", lambda: models.verify_head_shortcut(model))
+    load = partial(models.load_tokenizer, name, facts.model_revision, facts.trust_remote_code)
+    tokenizer = found.attempt(key, load, "tokenizer", name)
+    found.attempt(key, partial(models.verify_head_shortcut, model))
+    if tokenizer is not None:
+        found.attempt(key, partial(models.num_valid_tokens, model, tokenizer))
     return tokenizer, model
 
 
-def _prompts(
-    found: Findings, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[Prompt], list[Prompt]] | None:
+def _tables(found: Findings, recipe: Recipe) -> dict[str, Table]:
+    """Recipe key -> rows, of the prompts to train on and of those that are held out."""
     facts = recipe.data
-    if facts.train is None:
-        return None
-    if tokenizer is None:
-        # Without a tokenizer the rows can still be read and their column looked for.
-        for key, source in (("data.train", facts.train), ("data.eval", facts.eval)):
-            if source is not None:
-                found.attempt(key, f"the data {source}", lambda source=source: _readable(source, facts))  # type: ignore[misc]
-        return None
-    for key, source in (("data.train", facts.train), ("data.eval", facts.eval)):
+    wanted = {"data.train": (facts.train, facts.split)}
+    if facts.eval or facts.eval_split:
+        key = "data.eval" if facts.eval else "data.eval_split"
+        wanted[key] = (facts.eval or facts.train, facts.eval_split or facts.split)
+    tables = {}
+    for key, (source, split) in wanted.items():
         if source is None:
             continue
-        loaded = found.attempt(key, f"the data {source}", lambda source=source: _loaded(source, facts, tokenizer))  # type: ignore[misc]
-        if loaded is not None:
-            longest = max(len(prompt.ids) for prompt in loaded)
-            found.lines.append(f"{key}: {len(loaded)} prompts, the longest has {longest} tokens")
-    if found.problems or found.unreachable:
-        return None
-    return prompts_of(recipe, tokenizer)
+        table = found.attempt(key, partial(read_table, source, split), "data", source)
+        if table is None:
+            continue
+        at_fault = "data.prompt_column" if found.recipe.writes("data.prompt_column") else key
+        checked = found.attempt(at_fault, partial(_with_column, table, facts.prompt_column))
+        if checked is not None:
+            tables[key] = checked
+    return tables
 
 
-def _readable(source: str, facts: Any) -> None:
-    data.read_table(source, facts.split).require(facts.prompt_column, "data.prompt_column")
+def _with_column(table: Table, column: str) -> Table:
+    table.require(column, "data.prompt_column")
+    return table
 
 
-def _loaded(source: str, facts: Any, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    return data.load_prompts(
-        source,
-        split=facts.split,
-        prompt_column=facts.prompt_column,
-        tokenizer=tokenizer,
-        max_prompt_length=facts.max_prompt_length,
-        too_long=facts.too_long,
-    )
+def _prompts(
+    found: Findings, recipe: Recipe, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[Prompt]] | None:
+    facts = recipe.data
+    loaded: list[list[Prompt]] = []
+    for key, table in tables.items():
+        load = partial(
+            data.load_prompts,
+            table,
+            prompt_column=facts.prompt_column,
+            tokenizer=tokenizer,
+            max_prompt_length=facts.max_prompt_length,
+            too_long=facts.too_long,
+        )
+        prompts = found.attempt(key, load)
+        if prompts is not None:
+            longest = max(len(prompt.ids) for prompt in prompts)
+            found.lines.append(f"{key}: {len(prompts)} prompts, the longest has {longest} tokens")
+            loaded.append(prompts)
+    if len(loaded) == 2:
+        return loaded[0], loaded[1]
+    only_train = not (facts.eval or facts.eval_split)
+    return held_out(loaded[0], recipe.train.seed) if loaded and only_train else None
 
 
-def _rewards(found: Findings, recipe: Recipe, prompts: tuple[list[Prompt], list[Prompt]] | None) -> Rewards | None:
+def _rewards(found: Findings, recipe: Recipe, tables: dict[str, Table]) -> Rewards | None:
     facts = recipe.reward
     if facts.funcs is None:
         return None
     folders = [Path.cwd(), *([recipe.folder] if recipe.folder else [])]
     functions: list[RewardFunction] = []
     for spec in facts.funcs:
-        function = found.attempt("reward.funcs", f"the reward {spec}", lambda spec=spec: load_reward(spec, folders))  # type: ignore[misc]
+        function = found.attempt("reward.funcs", partial(load_reward, spec, folders), "reward", spec)
         if function is not None:
             functions.append(function)
     if len(functions) < len(facts.funcs):
         return None
-    build = found.attempt("reward", "", lambda: Rewards(functions, facts.weights, facts.on_error, facts.timeout))
-    if build is not None and prompts is not None:
-        columns = sorted(prompts[0][0].columns)
-        found.attempt("reward.funcs", "", lambda: build.check_columns(columns))
-    return build
+    build = partial(Rewards, functions, facts.weights, facts.on_error, facts.timeout)
+    rewards = found.attempt("reward.timeout" if facts.timeout else "reward", build)
+    if rewards is not None and "data.train" in tables:
+        columns = [name for name in tables["data.train"].columns if name != recipe.data.prompt_column]
+        found.attempt("reward.funcs", partial(rewards.check_columns, sorted(columns)))
+    return rewards
 
 
-def _logged(found: Findings, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _logged(found: Findings, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     path = recipe.replay.warm_start
-    if path is not None and tokenizer is not None:
-        rows = found.attempt("replay.warm_start", f"the log {path}", lambda: data.load_logged(path, tokenizer))
+    if path is not None:
+        rows = found.attempt("replay.warm_start", partial(data.load_logged, path, tokenizer), "log", path)
         if rows is not None:
             found.lines.append(f"replay.warm_start: {len(rows)} logged completions")
 
@@ -165,16 +186,19 @@ def _estimate(found: Findings, recipe: Recipe, model: PreTrainedModel) -> None:
     )
     tokens = recipe.data.max_prompt_length + recipe.rollout.max_completion_length
     replay = recipe.replay.capacity * (4 * tokens + 8 * recipe.rollout.max_completion_length)
+    saved = replay + (0 if recipe.lora is not None else 4 * total * 4)  # both networks and AdamW's two moments
     kept = (recipe.train.save_total_limit or 10) + 1
     found.lines.append(
-        f"replay: at most {replay / GIB:.2f} GiB; checkpoints: at most {kept * replay / GIB:.2f} GiB more"
+        f"replay: at most {replay / GIB:.2f} GiB; on disk: {kept} checkpoints of at most {saved / GIB:.2f} GiB"
     )
+    if recipe.train.output_dir is None:
+        return
     target = Path(recipe.train.output_dir).absolute()
     there = next(parent for parent in (target, *target.parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    if free < (kept + 1) * replay:
+    if free < kept * saved:
         found.problem(
-            "train.output_dir", f"{there} has {free / GIB:.1f} GiB free, the run may need {kept * replay / GIB:.1f}"
+            "train.output_dir", f"{there} has {free / GIB:.1f} GiB free, the run may need {kept * saved / GIB:.1f}"
         )
 
 
@@ -203,7 +227,7 @@ def _one_step(
             trainer.update([batch], [trainer.td_target(batch)])
             return collected - started, time.perf_counter() - collected, trainer.replay.rewards.tolist()
 
-    done = found.attempt("train", "", step)
+    done = found.attempt("train", step)
     if done is not None:
         rollout, update, values = done
         shown = ", ".join(f"{value:.3g}" for value in values[:4])

@@ -27,7 +27,7 @@ from llm_dqn.recipe_sections import (
     TrainSection,
 )
 from llm_dqn.recipe_yaml import Document, Problem, RecipeError, apply_override, read_yaml
-from llm_dqn.shipped import copy_recipe, find_recipe, resolve_path, shipped_recipes, shipped_root
+from llm_dqn.shipped import copy_recipe, find_recipe, mislaid, resolve_path, shipped_recipes, shipped_root
 
 __all__ = [
     "DQNConfig",
@@ -49,6 +49,7 @@ __all__ = [
     "in_file_order",
     "load_recipe",
     "load_recipe_partially",
+    "mislaid",
     "parse_recipe",
     "parse_recipe_partially",
     "resolve_path",
@@ -77,6 +78,10 @@ class Recipe(Section):
     def folder(self) -> Path | None:
         """Where the recipe file lies; relative paths in the recipe are looked up there, too."""
         return self._folder
+
+    def writes(self, key: str) -> bool:
+        """Whether `key` stands in the file or among the overrides, rather than having its default."""
+        return key in self._document.lines or key in self._document.overridden
 
     def problem(self, key: str, message: str) -> Problem:
         """A problem with what `key` says, at the line where it was written."""

@@ -64,15 +64,32 @@ def resolve_path(value: str, recipe_dir: str | os.PathLike[str] | None = None) -
     `file.py:function` and `folder#LABEL` keep their ending. What is found nowhere comes back unchanged: it may be a Hub
     id, and whoever opens it says what is wrong with it.
     """
-    match = re.fullmatch(r"(?P<path>.+\.py)(?P<rest>:\w+)|(?P<model>.+?)(?P<label>#.+)", value)
-    if match:
-        path, rest = match["path"] or match["model"], match["rest"] or match["label"]
-    else:
-        path, rest = value, ""
-    typed = Path(path).expanduser()
-    places = [Path("."), *([Path(recipe_dir)] if recipe_dir is not None else []), shipped_root()]
-    for place in places:
-        candidate = place / typed
-        if candidate.exists():
-            return str(candidate) + rest
-    return value
+    path, ending = _without_ending(value)
+    found = (place / path for place in _places(recipe_dir) if (place / path).exists())
+    first = next(found, None)
+    return value if first is None else str(first) + ending
+
+
+def mislaid(value: str, recipe_dir: str | os.PathLike[str] | None = None) -> str | None:
+    """What to say of a path that lies nowhere though its folder does: it is mistyped rather than a Hub id.
+
+    None where it exists, or where its folder does not.
+    """
+    path, _ = _without_ending(value)
+    places = [place for place in _places(recipe_dir) if (place / path.parent).is_dir()]
+    if path.parent == Path(".") or not places or any((place / path).exists() for place in places):
+        return None
+    there = [entry.name for place in places for entry in (place / path.parent).iterdir()]
+    return f"there is no {path.name} in {path.parent}{did_you_mean(path.name, there)}"
+
+
+def _without_ending(value: str) -> tuple[Path, str]:
+    """A path and what may stand behind it, `:function` or `#LABEL`."""
+    match = re.fullmatch(r"(?P<file>.+\.py)(?P<function>:\w+)|(?P<model>.+?)(?P<label>#.+)", value)
+    path, ending = (match["file"] or match["model"], match["function"] or match["label"]) if match else (value, "")
+    return Path(path).expanduser(), ending
+
+
+def _places(recipe_dir: str | os.PathLike[str] | None) -> list[Path]:
+    """Where relative paths are looked up."""
+    return [Path("."), *([Path(recipe_dir)] if recipe_dir is not None else []), shipped_root()]

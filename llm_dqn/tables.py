@@ -37,8 +37,11 @@ class Table:
 
 def read_table(source: Any, split: str = "train") -> Table:
     """A jsonl, json, csv or parquet file, a folder or Hub id that `datasets` can open ('id' or 'id:config'), a
-    `datasets.Dataset`, or an iterable of dicts. Raises `UserError` where it is missing, unreadable or empty.
+    `datasets.Dataset`, an iterable of dicts, or a table as it is. Raises `UserError` where it is missing, unreadable
+    or empty.
     """
+    if isinstance(source, Table):
+        return source
     if isinstance(source, str | Path):
         name, rows = str(source), _read_named(str(source), split)
     else:
