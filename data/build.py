@@ -144,7 +144,7 @@ def main() -> None:
         "--effort", type=float, default=1.0, help="share of the training steps; the shipped files use 1"
     )
     parser.add_argument("--only", nargs="*", help="stages to run: texts tiny_lm reward_model prompts logged hello")
-    parser.add_argument("--threads", type=int, default=2, help="1 is faster where others use the machine")
+    parser.add_argument("--threads", type=int, default=1, help="more sum in another order and give other weights")
     arguments = parser.parse_args()
     stages: dict[str, Callable[[], None]] = {
         "texts": build_texts,

@@ -28,6 +28,8 @@ ReturnsRule = Callable[[PrefixBatch, QOutput], Tensor]  # (batch, target network
 LossRule = Callable[[QOutput, Tensor, Tensor, Tensor], Tensor]  # (online output, td_target, mask, count) -> scalar
 
 ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
+# LoRA's factors start at zero and bear rates that wreck whole weights.
+LEARNING_RATE, FULL_LEARNING_RATE = 5e-4, 2e-5
 HELD_OUT = 64  # prompts kept from training when no evaluation prompts are given
 
 
@@ -165,8 +167,15 @@ def inputs_from_python(
     return Inputs(model, tokenizer, train_prompts, eval_prompts, rewards, peft_config, logged)
 
 
+def with_learning_rate(args: DQNConfig, lora: LoraConfig | None) -> DQNConfig:
+    """The same settings with the learning rate that follows from what is tuned, where none was given."""
+    if args.learning_rate is not None:
+        return args
+    return args.model_copy(update={"learning_rate": FULL_LEARNING_RATE if lora is None else LEARNING_RATE})
+
+
 def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
-    """Wires the parts; after this nothing is missing that training needs."""
+    """Wires the parts; after this nothing is missing that training needs. `args` has its learning rate."""
     # A linear head leaves the LM's output layer without gradient.
     accelerator = accelerator_for(find_unused_parameters=args.q_head == "linear")
     model = inputs.model.to(accelerator.device)
@@ -218,7 +227,7 @@ def optimizer_for(network: QNetwork, args: DQNConfig) -> torch.optim.Optimizer:
     """AdamW; the heads start from nothing and learn at their own, higher rate."""
     heads = [parameter for parameter in network.heads.parameters() if parameter.requires_grad]
     policy = [parameter for parameter in network.model.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": policy, "lr": args.learning_rate},
         {"params": heads, "lr": args.value_learning_rate},
     ]
@@ -283,7 +292,8 @@ def stream_seed(seed: int, *names: int) -> int:
 def recipe_text(args: DQNConfig, parts: Parts, recipe: Recipe | None) -> str:
     """The resolved recipe of a run, as YAML that `llm-dqn` reads again; from Python it is put together from `args`."""
     if recipe is not None:
-        return dump_recipe(with_resolved_paths(recipe))
+        train = recipe.train.model_copy(update={"learning_rate": args.learning_rate})
+        return dump_recipe(with_resolved_paths(recipe).model_copy(update={"train": train}))
     sections: dict[str, dict[str, Any]] = {
         name: {leaf: getattr(args, leaf) for leaf in section.model_fields} for name, section in FLAT_SECTIONS.items()
     }

@@ -86,7 +86,7 @@ class EpsilonSection(Section):
     start: Share = Field(default=1.0, description="Share at step 0.")
     end: Share = Field(default=0.05, description="Share from `steps` on; at most start.")
     steps: Annotated[Int, Field(ge=0)] = Field(
-        default=100, description="Learner steps that the fall takes; 0 = end at once."
+        default=32, description="Learner steps that the fall takes; 0 = end at once."
     )
 
 
@@ -147,7 +147,7 @@ class DQNSection(Section):
         description="lm: Q = V + beta * log-ratio of the tuned to the base model; linear: a new layer (textbook).",
     )
     beta: Annotated[Float, Field(gt=0)] = Field(
-        default=0.1, description="Price of leaving the base model, in reward per nat; lower = more reward, more drift."
+        default=0.03, description="Price of leaving the base model, in reward per nat; lower = more reward, more drift."
     )
     gamma: Annotated[Float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Discount a token; below 1 pays for brevity (0.99^256 = 0.08)."
@@ -176,7 +176,7 @@ class DQNSection(Section):
         description="adapter: a lagging copy of adapter and head; head: of the head only, the trunk drifts.",
     )
     target_sync_steps: Annotated[Int, Field(ge=1)] = Field(
-        default=50, description="Learner steps between target updates."
+        default=32, description="Learner steps between target updates."
     )
     target_tau: Annotated[Float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Share of the online network in a target update; 1 = copy."
@@ -213,7 +213,7 @@ class ReplaySection(Section):
         default=64, description="Episodes a process before the first update."
     )
     updates_per_collect: Annotated[Int, Field(ge=1)] = Field(
-        default=4, description="Learner steps between collections; more = fewer reward calls a step, older data."
+        default=16, description="Learner steps between collections; more = fewer reward calls a step, older data."
     )
     prioritized: StrictBool = Field(default=False, description="Sample by TD error; needs success_share 0.")
     success_share: Share = Field(
@@ -229,7 +229,9 @@ class TrainSection(Section):
     """The run: how long, how fast, what is written where."""
 
     output_dir: Text = Field(description="Folder of the run: recipe, metrics, adapter, checkpoints.")
-    learning_rate: Annotated[Float, Field(ge=0)] = Field(default=1.0e-4, description="Peak rate of the adapter.")
+    learning_rate: Annotated[Float, Field(ge=0)] | None = Field(
+        default=None, description="Peak rate of the policy; null = 5e-4 for LoRA, 2e-5 when all weights are tuned."
+    )
     value_learning_rate: Annotated[Float, Field(ge=0)] = Field(
         default=1.0e-3, description="Peak rate of the Q and V heads."
     )
@@ -244,7 +246,7 @@ class TrainSection(Section):
         default="constant", description="Course of both rates over max_steps."
     )
     per_device_train_batch_size: Annotated[Int, Field(ge=1)] = Field(
-        default=32, description="Episodes in one forward and backward pass of a process."
+        default=16, description="Episodes in one forward and backward pass of a process."
     )
     gradient_accumulation_steps: Annotated[Int, Field(ge=1)] = Field(
         default=1, description="Passes in one learner step."

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from llm_dqn import checkpoint, evaluation, losses
-from llm_dqn.assembly import Inputs, Parts, assemble, inputs_from_python, inputs_of, recipe_text, stream_seed, trackers
+from llm_dqn.assembly import (
+    Inputs,
+    assemble,
+    inputs_from_python,
+    inputs_of,
+    recipe_text,
+    stream_seed,
+    trackers,
+    with_learning_rate,
+)
 from llm_dqn.errors import RunError
 from llm_dqn.hub import upload
 from llm_dqn.logbook import Logbook
@@ -55,7 +64,7 @@ class DQNTrainer:
         inputs = inputs_from_python(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, peft_config
         )
-        self._start(args, assemble(args, inputs), recipe=None)
+        self._start(args, inputs, recipe=None)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "DQNTrainer":
@@ -66,11 +75,12 @@ class DQNTrainer:
     def of_inputs(cls, args: DQNConfig, inputs: Inputs, recipe: Recipe | None = None) -> "DQNTrainer":
         """The same trainer from what is loaded already."""
         trainer = cls.__new__(cls)
-        trainer._start(args, assemble(args, inputs), recipe)
+        trainer._start(args, inputs, recipe)
         return trainer
 
-    def _start(self, args: DQNConfig, parts: Parts, recipe: Recipe | None) -> None:
-        self.args, self.parts = args, parts
+    def _start(self, args: DQNConfig, inputs: Inputs, recipe: Recipe | None) -> None:
+        self.args = args = with_learning_rate(args, inputs.lora)
+        self.parts = parts = assemble(args, inputs)
         self.network, self.replay = parts.network, parts.replay
         self.step = 0
         self.samples_drawn = 0  # minibatches, by this process
