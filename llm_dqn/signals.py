@@ -16,8 +16,8 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells count: 143 or 130."""
-        return 128 + (self.requested or 0)
+        """128 + the signal's number, as shells count: 143 or 130; 143 when only another process was asked."""
+        return 128 + (self.requested or signal.SIGTERM)
 
     def __enter__(self) -> "StopRequest":
         for number in self.SIGNALS:

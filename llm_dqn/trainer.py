@@ -116,7 +116,7 @@ class DQNTrainer:
                     self.network.sync_target(self.args.target_tau)
 
                 self.report(batches)
-                if stop.requested:
+                if self.parts.total(stop.requested is not None) > 0:  # whichever process was asked
                     self.save_checkpoint()
                     raise SystemExit(stop.exit_code)
             self.save_checkpoint()
@@ -132,12 +132,13 @@ class DQNTrainer:
             episodes = self.score(self.rollout())
             self.replay.add(episodes)
             self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step)
-            if len(self.replay) >= self.args.learning_starts:
+            if self.parts.total(len(self.replay) < self.args.learning_starts) == 0:  # all processes go on together
                 break
-        if len(self.replay) == 0:
+        if self.parts.total(len(self.replay) == 0) > 0:
             raise RunError(f"nothing to learn from: {self.scored_completions} completions scored, no reward among them")
         if self.step == 0:
-            self.network.start_values_at(float(self.replay.rewards.mean()))
+            mean_reward = self.parts.total(self.replay.rewards.sum()) / self.parts.total(len(self.replay))
+            self.network.start_values_at(float(mean_reward))
 
     def rollout(self) -> list[Episode]:
         """Fresh completions by the epsilon-greedy behaviour policy."""
