@@ -1,7 +1,7 @@
 """Every textbook switch against the default, on the quickstart's task at the same number of scored completions.
 
-    python -m benchmarks.textbook --quick      # one seed, 512 completions a variant
-    python -m benchmarks.textbook              # three seeds, 2,048 completions a variant
+    python -m benchmarks.textbook --quick      # one seed, 512 completions, 128 prompts
+    python -m benchmarks.textbook              # three seeds, 2,048 completions, 256 prompts
 
 Writes `benchmarks/results/textbook.json` as it goes (finished runs are not run again) and the table in
 `benchmarks/README.md`.
@@ -55,7 +55,7 @@ VARIANTS: dict[str, list[str]] = {
 FIGURES = ("reward", "reward_greedy", "kl", "perplexity", "length", "distinct_2")
 
 
-def run(overrides: list[str], seed: int, completions: int) -> dict[str, Any]:
+def run(overrides: list[str], seed: int, completions: int, prompts: int) -> dict[str, Any]:
     """One training run; what its `evaluation.json` says, and its CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
         fixed = [
@@ -65,7 +65,7 @@ def run(overrides: list[str], seed: int, completions: int) -> dict[str, Any]:
             "train.max_steps=1000000",
             "train.eval_steps=0",
             "train.save_steps=0",
-            "train.lr_scheduler_type=constant",
+            f"train.final_eval_prompts={prompts}",
         ]
         trainer = DQNTrainer.from_recipe(load_recipe("quickstart", [*fixed, *overrides]))
         started = time.process_time()
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="run everything again")
     parser.add_argument("--only", nargs="*", help="names of variants")
     options = parser.parse_args()
-    seeds, completions = ([0], 512) if options.quick else ([0, 1, 2], 2048)
+    seeds, completions, prompts = ([0], 512, 128) if options.quick else ([0, 1, 2], 2048, 256)
     results = {} if options.fresh or not RESULTS.exists() else json.loads(RESULTS.read_text())
     key = f"{completions} completions"
     done = results.setdefault(key, {"machine": machine(), "command": "python -m benchmarks.textbook", "runs": {}})
@@ -102,7 +102,7 @@ def main() -> None:
         for seed in seeds:
             runs = done["runs"].setdefault(name, {})
             if str(seed) not in runs:
-                runs[str(seed)] = run(overrides, seed, completions)
+                runs[str(seed)] = run(overrides, seed, completions, prompts)
                 RESULTS.parent.mkdir(exist_ok=True)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(name, seed, {figure: round(runs[str(seed)]["tuned"][figure], 3) for figure in FIGURES}, flush=True)
