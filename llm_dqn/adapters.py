@@ -191,12 +191,6 @@ class CopyRoles:
         else:
             yield self.model
 
-    def to(self, device: Any) -> None:
-        """Moves the copies, which are not part of the trained module."""
-        self._reference.to(device)
-        if self._target is not None:
-            self._target.to(device)
-
     @torch.no_grad()
     def sync_target(self, tau: float) -> None:
         """Target <- tau * online + (1 - tau) * target."""

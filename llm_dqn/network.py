@@ -98,6 +98,11 @@ class QNetwork(nn.Module):
         """Where the weights are."""
         return next(self.heads.parameters()).device
 
+    @property
+    def full_precision(self) -> bool:
+        """Whether the trunk computes in float32."""
+        return not self.bf16 and all(p.dtype == torch.float32 for p in self.model.parameters())
+
     def _precision(self) -> torch.autocast | nullcontext[None]:
         # Reference, target and online must round alike, or the policy starts a rounding error away from the reference.
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()

@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from llm_dqn.errors import RunError
+from llm_dqn.network import QNetwork
 from llm_dqn.policy import BehaviourPolicy, MaskInvalidTokens, UniformExploration, greedy, sampled
+from llm_dqn.replay import PrefixReplay
 from llm_dqn.rollout import rollout, verify_generator
 from tests import tiny_models
-from tests.networks import network, prompts, shake, writer
+from tests.networks import lora, network, prompts, shake, writer
 
 
 def test_episodes_come_in_order_and_hold_the_tokens_that_were_written(tiny_llama_path):
@@ -127,3 +130,20 @@ def test_several_stop_tokens_and_pad_equal_to_eos(tiny_llama_path):
     for episode in episodes:
         assert not stops & set(episode.completion_ids[:-1].tolist())
         assert torch.isfinite(episode.ref_logprobs).all()
+
+
+def test_models_stored_in_bfloat16_write_and_learn(tiny_llama_path):
+    """Coarse weights, float32 adapters and Q: the two agree as far as their arithmetic does, and the loss is finite."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_path, dtype=torch.bfloat16)
+    net = QNetwork(model, len(tiny_models.tokenizer()), lora=lora())
+    shake(net, 0.1)
+    assert not net.full_precision
+    write, asked = writer(net, tiny_llama_path), prompts(tiny_llama_path)
+    verify_generator(write, asked)
+    replay = PrefixReplay(8)
+    replay.add([replace(episode, reward=1.0) for episode in rollout(write, asked, sampled(), seed=0)])
+    q = net(replay.batch(np.arange(4)))
+    assert q.taken.dtype == q.values.dtype == torch.float32
+    q.taken.square().sum().backward()
+    gradients = [p.grad for p in net.parameters() if p.requires_grad and p.grad is not None]
+    assert gradients and all(torch.isfinite(g).all() and g.dtype == torch.float32 for g in gradients)
