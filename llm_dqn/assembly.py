@@ -30,6 +30,7 @@ LossRule = Callable[[QOutput, Tensor, Tensor, Tensor], Tensor]  # (online output
 ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
 # LoRA's factors start at zero and bear rates that wreck whole weights.
 LEARNING_RATE, FULL_LEARNING_RATE = 5e-4, 2e-5
+FROM_PYTHON = "given from Python"  # the data of a run whose prompts and rewards are objects of a script
 HELD_OUT = 64  # prompts kept from training when no evaluation prompts are given
 
 
@@ -304,7 +305,7 @@ def recipe_text(args: DQNConfig, parts: Parts, recipe: Recipe | None) -> str:
             {
                 "model": {"model_name_or_path": parts.network.base_name},
                 "lora": lora,
-                "data": {"train": "given from Python"},
+                "data": {"train": FROM_PYTHON},
                 **sections,
             }
         )

@@ -107,7 +107,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Reward as in a recipe, again for each; a run folder knows its own.")
     ] = None,
     max_prompts: Annotated[int | None, typer.Option(min=1, help="Use at most this many prompts.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; a run folder knows its own.")] = None,
 ) -> None:
     """Measure base against tuned on held-out prompts."""
     from llm_dqn.console import Console

@@ -12,22 +12,31 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from llm_dqn import data, evaluation, models
-from llm_dqn.assembly import base_model_of, prompts_of, rewards_of
+from llm_dqn.assembly import FROM_PYTHON, base_model_of, prompts_of, rewards_of, stream_seed
 from llm_dqn.errors import UserError
 from llm_dqn.network import QNetwork
 from llm_dqn.policy import BehaviourPolicy
-from llm_dqn.recipe import Recipe, load_recipe, with_resolved_paths
+from llm_dqn.recipe import Recipe, load_recipe, resolve_path, with_resolved_paths
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, rollout
-from llm_dqn.types import Episode
+from llm_dqn.trainer import EVALUATE
+from llm_dqn.types import Episode, Prompt
+
+GIVE = "give --prompts FILE and --rewards file.py:function (or the folder of a reward model)"
 
 
 @dataclass(frozen=True)
 class OpenRun:
     """A policy ready to write; `recipe` is there when a run folder was opened."""
 
+    name: str
     writer: Writer
     recipe: Recipe | None
+
+    @property
+    def knows_its_task(self) -> bool:
+        """Whether prompts and rewards can be loaded again: objects that were given from Python cannot."""
+        return self.recipe is not None and self.recipe.data.train != FROM_PYTHON
 
 
 def open_run(run: str, max_completion_length: int | None = None, batch_size: int = 64) -> OpenRun:
@@ -35,32 +44,36 @@ def open_run(run: str, max_completion_length: int | None = None, batch_size: int
 
     Raises UserError when there is nothing to open.
     """
-    folder = Path(run)
-    recipe_file = folder / "recipe.yaml"
+    run = resolve_path(run)
+    recipe_file = Path(run) / "recipe.yaml"
     recipe = with_resolved_paths(load_recipe(recipe_file)) if recipe_file.is_file() else None
     if recipe is None:
-        base, tuned, adapter = _plain_or_adapter(run)
-        tokenizer = models.load_tokenizer(run if adapter is None else _tokenizer_home(run, base))
-        model = models.load_causal_lm(base)
+        base, adapter = _base_and_adapter(run)
+        model, tuned = models.load_causal_lm(base), None
+        tokenizer = models.load_tokenizer(_tokenizer_home(adapter or base, base))
     else:
-        facts = recipe.model
-        tokenizer = models.load_tokenizer(facts.model_name_or_path, facts.model_revision, facts.trust_remote_code)
-        model = base_model_of(recipe)
-        adapter, tuned = _results_of(folder)
+        adapter, tuned = _results_of(Path(run))
+        model, facts = base_model_of(recipe), recipe.model
+        home = _tokenizer_home(adapter or tuned or "", facts.model_name_or_path)
+        tokenizer = models.load_tokenizer(home, facts.model_revision, facts.trust_remote_code)
+    if adapter is not None and (_adapter_config(adapter) or {}).get("modules_to_save"):
+        models.untie_head(model)  # the adapter brings an output layer of its own
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = QNetwork(
-        model,
+        model.to(device),
         models.num_valid_tokens(model, tokenizer),
         lora=adapter,
         target="head",
-        tuned=models.load_causal_lm(tuned) if tuned else None,
+        tuned=models.load_causal_lm(tuned).to(device) if tuned else None,
+        bf16=recipe.train.bf16 if recipe else False,
     )
     length = max_completion_length or (recipe.rollout.max_completion_length if recipe else 64)
     stop_ids = frozenset(models.stop_token_ids(model, tokenizer))
-    return OpenRun(Writer(network, tokenizer, stop_ids, length, batch_size), recipe)
+    return OpenRun(run, Writer(network, tokenizer, stop_ids, length, batch_size), recipe)
 
 
 def _results_of(folder: Path) -> tuple[str | None, str | None]:
-    """(adapter, tuned model) that a run wrote."""
+    """(adapter, tuned model) that a run wrote; one of them is None."""
     if (folder / "adapter" / "adapter_config.json").is_file():
         return str(folder / "adapter"), None
     if (folder / "model" / "config.json").is_file():
@@ -68,22 +81,29 @@ def _results_of(folder: Path) -> tuple[str | None, str | None]:
     raise UserError(f"{folder} holds no adapter yet: let `llm-dqn train` finish, or continue it with --resume")
 
 
-def _plain_or_adapter(run: str) -> tuple[str, str | None, str | None]:
-    """(base, tuned model, adapter) of a path or Hub id that is no run folder."""
-    folder = Path(run)
-    config: Path | None = folder / "adapter_config.json"
-    if not folder.exists():
-        config = models.hub_file(run, "adapter_config.json")
-    if config is not None and config.is_file():
-        base = json.loads(config.read_text()).get("base_model_name_or_path")
-        if not base:
-            raise UserError(f"{run}: adapter_config.json names no base model (base_model_name_or_path)")
-        return base, None, run
-    return run, None, None
+def _base_and_adapter(run: str) -> tuple[str, str | None]:
+    """(base model, adapter) of a path or Hub id that is no run folder; a plain model has no adapter."""
+    config = _adapter_config(run)
+    if config is None:
+        return run, None
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{run}: adapter_config.json names no base model (base_model_name_or_path)")
+    return resolve_path(base), run
 
 
-def _tokenizer_home(run: str, base: str) -> str:
-    return run if not Path(run).exists() or (Path(run) / "tokenizer_config.json").is_file() else base
+def _adapter_config(place: str) -> dict[str, Any] | None:
+    """What a folder or Hub id says of its adapter; None where there is none."""
+    folder = Path(place)
+    file = folder / "adapter_config.json" if folder.exists() else models.hub_file(place, "adapter_config.json")
+    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
+
+
+def _tokenizer_home(tuned: str, base: str) -> str:
+    """Where the tokenizer lies: beside what was tuned, or else with the base model."""
+    folder = Path(tuned)
+    beside = folder / "tokenizer_config.json" if folder.is_dir() else models.hub_file(tuned, "tokenizer_config.json")
+    return tuned if beside is not None and beside.is_file() else base
 
 
 def generate_file(
@@ -101,8 +121,9 @@ def generate_file(
     beta_scale: strength of what was learned, at inference: log pi_ref + beta_scale (log pi - log pi_ref). 0 is the base
     model, 1 the tuned one, more goes further.
     """
+    _check_output(output)
     opened = open_run(run, max_completion_length)
-    rows = _prompts(opened, prompts)
+    rows = _prompts_in(opened, prompts)
     policy = BehaviourPolicy(temperature=0.0 if greedy else 1.0)
     extra = None if beta_scale is None else partial(ScaledAdvantage, opened.writer.network, beta_scale)
     episodes = rollout(opened.writer, rows, policy, seed, extra=extra)
@@ -119,34 +140,66 @@ def evaluate_run(
     prompts: str | None = None,
     output: str | None = None,
     reward_specs: Sequence[str] = (),
-    seed: int = 0,
+    seed: int | None = None,
     max_prompts: int | None = None,
 ) -> tuple[dict[str, Any], list[tuple[Episode, Episode]]]:
-    """Base against tuned on held-out prompts: the contents of `evaluation.json`, and pairs of samples (base, tuned)."""
-    opened = open_run(run)
-    recipe = opened.recipe
-    if prompts is None and (recipe is None or not (recipe.data.eval or recipe.data.train)):
-        raise UserError(f"{run} is no run folder, so it names no held-out prompts; give --prompts FILE")
-    if reward_specs:
-        rewards = Rewards([load_reward(spec, [Path.cwd()]) for spec in reward_specs])
-    elif recipe is not None:
-        rewards = rewards_of(recipe)
-    else:
-        raise UserError(f"{run} is no run folder, so it names no reward; give --rewards")
-    rows = _prompts(opened, prompts)[:max_prompts]
-    report, pairs = evaluation.base_and_tuned(opened.writer, rows, lambda e: evaluation.judged(rewards, e), seed)
+    """Base against tuned on held-out prompts: the contents of `evaluation.json`, and pairs of samples (base, tuned).
+
+    What is not given is taken from the run folder; with nothing given, its `evaluation.json` comes out again.
+    """
     if output is not None:
-        Path(output).write_text(json.dumps(report, indent=2) + "\n")
+        _check_output(output)
+    opened = open_run(run)
+    rows = _held_out_prompts(opened, prompts)[:max_prompts]
+    rewards = _rewards(opened, reward_specs)
+    try:
+        rewards.check_columns(sorted(rows[0].columns))
+        score = partial(evaluation.judged, rewards)
+        drawn = _seed_of(opened) if seed is None else seed
+        report, pairs = evaluation.base_and_tuned(opened.writer, rows, score, drawn)
+    finally:
+        rewards.close()
+    if output is not None:
+        Path(output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report, pairs
 
 
-def _prompts(opened: OpenRun, file: str | None) -> list[data.Prompt]:
-    recipe = opened.recipe
-    column = recipe.data.prompt_column if recipe else "prompt"
+def _check_output(path: str) -> None:
+    """`UserError`, before any work, for a file that could not be written after it."""
+    if Path(path).is_dir():
+        raise UserError(f"--output {path}: is a folder; name a file")
+    if not Path(path).absolute().parent.is_dir():
+        raise UserError(f"--output {path}: the folder {Path(path).parent} does not exist")
+
+
+def _prompts_in(opened: OpenRun, file: str) -> list[Prompt]:
+    column = opened.recipe.data.prompt_column if opened.recipe else "prompt"
+    return data.load_prompts(resolve_path(file), prompt_column=column, tokenizer=opened.writer.tokenizer)
+
+
+def _held_out_prompts(opened: OpenRun, file: str | None) -> list[Prompt]:
     if file is not None:
-        return data.load_prompts(file, prompt_column=column, tokenizer=opened.writer.tokenizer)
-    assert recipe is not None
-    return prompts_of(recipe, opened.writer.tokenizer)[1]
+        return _prompts_in(opened, file)
+    if opened.recipe is None:
+        raise UserError(f"{opened.name} is no run folder, so it names no held-out prompts; give --prompts FILE")
+    if not opened.knows_its_task:
+        raise UserError(f"{opened.name} was trained from Python on data that cannot be found again; {GIVE}")
+    return prompts_of(opened.recipe, opened.writer.tokenizer)[1][: opened.recipe.train.final_eval_prompts]
+
+
+def _rewards(opened: OpenRun, specs: Sequence[str]) -> Rewards:
+    if specs:
+        return Rewards([load_reward(resolve_path(spec), [Path.cwd()]) for spec in specs])
+    if opened.recipe is None:
+        raise UserError(f"{opened.name} is no run folder, so it names no reward; give --rewards")
+    if not opened.knows_its_task:
+        raise UserError(f"{opened.name} was trained from Python with rewards that cannot be found again; {GIVE}")
+    return rewards_of(opened.recipe)
+
+
+def _seed_of(opened: OpenRun) -> int:
+    """The seed that the run itself evaluated with."""
+    return stream_seed(opened.recipe.train.seed, EVALUATE, 0) if opened.recipe else 0
 
 
 class ScaledAdvantage(LogitsProcessor):

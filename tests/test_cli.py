@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from llm_dqn import cli
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.recipe import Recipe, load_recipe
+from tests.networks import episode
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -181,6 +183,22 @@ def test_generate_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys:
     assert told["given"] == ("runs/x", "p.jsonl", "o.jsonl")
     assert (told["greedy"], told["beta_scale"], told["max_completion_length"]) == (True, 2.0, None)
     assert capsys.readouterr().out == "7 completions written to o.jsonl\n"
+
+
+def test_evaluate_shows_figures_and_samples(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: dict = {}
+    side = {"reward": 0.25, "reward_ci": [0.2, 0.3]}
+    pairs = [(replace(episode([1], [2], 0.25), completion="bad"), replace(episode([1], [2], 0.75), completion="good"))]
+    report = {"base": side, "tuned": side | {"reward": 0.75}, "win_rate": 0.9}
+    monkeypatch.setattr(
+        "llm_dqn.inference.evaluate_run", lambda run, **options: told.update(options, run=run) or (report, pairs)
+    )
+    assert run("evaluate", "runs/x", "--rewards", "a.py:f", "--rewards", "b.py:g") == 0
+    assert (told["run"], told["reward_specs"], told["seed"]) == ("runs/x", ["a.py:f", "b.py:g"], None)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("0.250", "0.750", "90%", "bad", "good"))
 
 
 def test_recipes_can_be_listed_shown_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
