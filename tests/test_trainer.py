@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -15,7 +17,9 @@ from peft import LoraConfig
 
 from llm_dqn import DQNConfig, DQNTrainer
 from llm_dqn.errors import RunError, UserError
+from llm_dqn.policy import sampled
 from llm_dqn.recipe import load_recipe
+from llm_dqn.rollout import rollout
 from tests.networks import lora
 
 WORDS = ("the film was", "i hated", "what a lovely", "a dull", "User: hello", "the plot and", "two friends", "3 of 10")
@@ -283,3 +287,34 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tiny_llama_path, tmp_path
     assert process.wait(60) == 143
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert len(saved) == 1 and (saved[0] / "manifest.json").is_file()
+
+
+def test_advantages_praise_what_did_better_than_expected(tiny_llama_path, tmp_path):
+    """The sign that everything hangs on: success lifts, failure does not, and updates move log pi accordingly."""
+    run = trainer(tiny_llama_path, tmp_path, success_share=0.0, per_device_train_batch_size=2, learning_rate=5e-3)
+    prompts = run.parts.stream.prompts[:2]
+    written = rollout(run.parts.writer, prompts, sampled(), seed=0)
+    good, bad = replace(written[0], reward=1.0), replace(written[1], reward=0.0)
+    run.replay.add([good, bad])
+    run.network.start_values_at(0.5)
+    batch = run.replay.batch(np.array([0, 1]))
+    target = run.td_target(batch)
+    mask = batch.action_mask
+    assert (target.advantages[0][mask[0]] > 0).all() and (target.advantages[1][mask[1]] < 0).all()
+    assert target.returns[0, mask[0].sum() - 1].item() == pytest.approx(1.0)
+    before = run.network.logprobs(batch.tokens, "online").sum(1)
+    for _ in range(5):
+        run.update([batch], [run.td_target(batch)])
+    after = run.network.logprobs(batch.tokens, "online").sum(1)
+    assert after[0] > before[0] + 0.1 and after[1] < before[1]
+
+
+def test_hello_world_is_learned(tmp_path):
+    """The shipped toy from start to end: what was hardly ever written becomes the greedy completion."""
+    recipe = load_recipe("hello_world", [f"train.output_dir={tmp_path}", "train.eval_steps=0", "train.save_steps=0"])
+    run = DQNTrainer.from_recipe(recipe)
+    report = run.train()
+    assert report["base"]["reward"] < 1.5 and report["base"]["reward_greedy"] < 3
+    assert report["tuned"]["reward_greedy"] > 3.5 and report["tuned"]["reward"] > 2.5
+    last = metrics(tmp_path)[-1]
+    assert last["train/q_taken"] == pytest.approx(last["rollout/reward"], abs=0.7)
