@@ -38,7 +38,7 @@ SHOWN = (
 COMPARED = (
     ("reward", "reward, sampled (95 %)", ".3f"),
     ("reward_greedy", "reward, greedy", ".3f"),
-    ("kl", "KL from the base, nats/token", ".3f"),
+    ("kl", "KL from base, nats/token", ".3f"),
     ("perplexity", "perplexity under the base", ".1f"),
     ("length", "length, tokens", ".1f"),
     ("distinct_2", "distinct pairs of tokens", ".3f"),
@@ -101,14 +101,17 @@ class Console:
         """The completion that the panel shows until the next one; `prompt` is text or chat messages."""
         self._sample = (_last_message(prompt), completion, reward)
 
+    def progress(self, step: int) -> None:
+        """How far the run is."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
     def update(self, metrics: Mapping[str, Any]) -> None:
         """New values by their names in `metrics.jsonl`; names that are absent keep their last value."""
         if not self.enabled:
             return
         fresh = {name: value for name, value in metrics.items() if value is not None}
         self._metrics |= fresh
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=int(self._metrics.get("step", 0)))
         if not self.animated:
             facts = [f"{label.split(',')[0]} {form(fresh[name], spec)}" for name, label, spec in SHOWN if name in fresh]
             step = f"step {fresh.get('step', '?')}" + (f"/{self._total_steps}" if self._total_steps else "")
@@ -129,7 +132,7 @@ class Console:
         if self._sample is not None:
             prompt, completion, reward = self._sample
             text = Text.assemble(
-                (plain(prompt)[-200:], "dim"), " ", plain(completion)[:400], (f"  {reward:.3f}", "bold")
+                (plain(prompt)[-200:], "dim"), " ", plain(completion).strip()[:400], (f"  {reward:.3f}", "bold")
             )
             parts += [Text(""), text]
         if self._progress is not None:
@@ -148,14 +151,17 @@ class Console:
         """
         if not self.enabled:
             return
-        table = Table(title="before and after, on held-out prompts", box=box.SIMPLE_HEAD, title_justify="left")
+        prompts = f"{tuned['prompts']} " if "prompts" in tuned else ""
+        table = Table(
+            title=f"before and after, on {prompts}held-out prompts", box=box.SIMPLE_HEAD, title_justify="left"
+        )
         for name, justify in (("", "left"), ("base model", "right"), ("tuned", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         for name, label, spec in COMPARED:
             if name in base or name in tuned:
                 table.add_row(label, _with_interval(base, name, spec), _with_interval(tuned, name, spec))
         if win_rate is not None:
-            table.add_row("tuned scores higher", "", form(win_rate, ".0%"))
+            table.add_row("tuned wins, ties half", "", form(win_rate, ".0%"))
         self.rich.print(table)
         if samples:
             self.rich.print(self._side_by_side(samples))
@@ -166,10 +172,10 @@ class Console:
             table.add_column(name, ratio=1, overflow="fold")
         for sample in samples:
             written = [
-                Text.assemble(plain(sample[who]), (f"  {form(sample[f'{who}_reward'], '.3f')}", "bold"))
+                Text.assemble(plain(sample[who]).strip(), (f"  {form(sample[f'{who}_reward'], '.3f')}", "bold"))
                 for who in ("base", "tuned")
             ]
-            table.add_row(Text(plain(sample["prompt"])), *written)
+            table.add_row(Text(plain(sample["prompt"]).strip()), *written)
         return table
 
     def where(self, folder: str | os.PathLike[str]) -> None:

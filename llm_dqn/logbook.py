@@ -88,11 +88,16 @@ class Logbook:
     @contextmanager
     def panel(self, total_steps: int) -> Iterator[None]:
         """The live view while training. However that ends, trackers get what they have not written yet."""
+        self.say(f"training {self.base_name} for {total_steps} steps; everything is written to {self.folder}")
         try:
             with self.console.live(total_steps):
                 yield
         finally:
             close_trackers(self.accelerator)
+
+    def say(self, message: str) -> None:
+        """One line for people."""
+        self.console.say(message)
 
     # --- while learning ---------------------------------------------------------------------------------------------
 
@@ -137,6 +142,10 @@ class Logbook:
     def add(self, name: str, value: Tensor | float) -> None:
         """One more value of a metric, averaged until the next line."""
         self.metrics.add(name, value)
+
+    def progressed(self, step: int) -> None:
+        """Moves the bar; costs nothing."""
+        self.console.progress(step)
 
     def write(self, step: int, scored_completions: int, facts: dict[str, Any]) -> None:
         """One line of metrics, to the file, the trackers and the screen."""

@@ -21,7 +21,7 @@ from llm_dqn.assembly import (
     trackers,
     with_learning_rate,
 )
-from llm_dqn.errors import RunError
+from llm_dqn.errors import RunError, UserError
 from llm_dqn.hub import upload
 from llm_dqn.logbook import Logbook
 from llm_dqn.policy import BehaviourPolicy
@@ -118,6 +118,9 @@ class DQNTrainer:
                 self.report(batches)
                 if self.parts.total(stop.requested is not None) > 0:  # whichever process was asked
                     self.save_checkpoint()
+                    self.logbook.say(
+                        f"stopped and saved after step {self.step}; the same command with --resume goes on"
+                    )
                     raise SystemExit(stop.exit_code)
             self.save_checkpoint()
         self.save_model()
@@ -230,6 +233,7 @@ class DQNTrainer:
     def report(self, batches: Sequence[PrefixBatch]) -> None:
         """What falls due after a step: a line of metrics, an evaluation, a checkpoint."""
         args, last = self.args, self.step == self.args.max_steps
+        self.logbook.progressed(self.step)
         if args.eval_steps and self.step % args.eval_steps == 0:
             verify_generator(self.parts.writer, self.parts.eval_prompts)
             prompts = self.parts.eval_prompts[: args.eval_prompts]
@@ -246,6 +250,7 @@ class DQNTrainer:
     def evaluate(self) -> dict[str, Any]:
         """Base against tuned on the held-out prompts; written to `evaluation.json` and shown."""
         prompts = self.parts.eval_prompts[: self.args.final_eval_prompts]
+        self.logbook.say(f"measuring base and tuned model on {len(prompts)} held-out prompts ...")
         report, pairs = evaluation.base_and_tuned(self.parts.writer, prompts, self._judge, self.seed_for(EVALUATE))
         self.logbook.finished(report, pairs)
         return report
@@ -288,7 +293,10 @@ class DQNTrainer:
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """The reverse of `state` and `tensors`."""
-        rank = self.parts.accelerator.process_index
+        rank, world = self.parts.accelerator.process_index, self.parts.accelerator.num_processes
+        written_by = sum(name.startswith("replay-") for name in tensors)
+        if written_by != world:
+            raise UserError(f"the checkpoint is one of {written_by} processes, and {world} run; resume with as many")
         self.network.load_checkpoint_state(tensors["network"])
         checkpoint.load_optimizer(self.parts.optimizer, tensors["optimizer"])
         self.replay.load_arrays(checkpoint.as_arrays(tensors[f"replay-{rank:05d}"]))

@@ -39,6 +39,7 @@ def test_in_a_terminal_a_panel_shows_progress_numbers_and_the_last_sample(screen
     console, output = screen(terminal=True)
     with console.live(500):
         console.sample([{"role": "user", "content": "How was it?"}], " lovely", 0.5)
+        console.progress(10)
         console.update({"step": 10, "rollout/reward": 0.1234})
     assert all(text in output() for text in ("10/500", "0.123", "How was it?", "lovely"))
 
@@ -67,8 +68,29 @@ def test_the_table_compares_base_and_tuned_with_intervals(screen: Callable[..., 
     console, output = screen(terminal=False)
     console.final_table(FIGURES, FIGURES | {"reward": 0.75, "reward_ci": [0.7, 0.8]}, 0.9, [SAMPLE])
     shown = output()
-    assert "0.250 (0.200 to 0.300)" in shown and "0.750 (0.700 to 0.800)" in shown and "90%" in shown
+    assert (
+        "held-out prompts" in shown
+        and "0.250 (0.200 to 0.300)" in shown
+        and "0.750 (0.700 to 0.800)" in shown
+        and "90%" in shown
+    )
     assert "lovely" in shown
+
+
+def test_eighty_columns_are_enough_for_every_label() -> None:
+    stream = io.StringIO()
+    console = Console(True, RichConsole(file=stream, width=80, color_system=None))
+    console.final_table(FIGURES | {"distinct_2": 0.5}, FIGURES | {"prompts": 256, "distinct_2": 0.5}, 0.75, [SAMPLE])
+    rows = stream.getvalue().splitlines()
+    assert rows[0].startswith("before and after, on 256 held-out prompts")
+    for label in (
+        "reward, sampled (95 %)",
+        "KL from base, nats/token",
+        "distinct pairs of tokens",
+        "tuned wins, ties half",
+    ):
+        assert sum(label in row for row in rows) == 1, label
+    assert any(row.strip().startswith("It was") and "  lovely  0.900" in row for row in rows)
 
 
 def test_text_of_a_model_cannot_control_the_terminal(screen: Callable[..., Screen]) -> None:
