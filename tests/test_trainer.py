@@ -318,3 +318,13 @@ def test_hello_world_is_learned(tmp_path):
     assert report["tuned"]["reward_greedy"] > 3.5 and report["tuned"]["reward"] > 2.5
     last = metrics(tmp_path)[-1]
     assert last["train/q_taken"] == pytest.approx(last["rollout/reward"], abs=0.7)
+
+
+@pytest.mark.parametrize(("every", "equal"), [(3, True), (100, False)])
+def test_the_target_is_synced_every_so_many_steps_and_only_then(tiny_llama_path, tmp_path, every, equal):
+    run = trainer(tiny_llama_path, tmp_path, max_steps=3, target_sync_steps=every, eval_steps=0, save_steps=0)
+    run.train()
+    state = run.network.checkpoint_state()
+    twins = [(key, key.replace("online.", "target.", 1)) for key in state if key.startswith("online.")]
+    twins += [(key, "target_" + key) for key in state if key.startswith("heads.")]
+    assert twins and all(torch.equal(state[online], state[target]) for online, target in twins) == equal
