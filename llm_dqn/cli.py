@@ -2,6 +2,8 @@
 
 import signal
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -39,6 +41,7 @@ def train(
     from llm_dqn.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    _look_for_the_hub(loaded.sources, loaded.folder)
     if num_processes > 1:
         from llm_dqn.launch import launch_processes
 
@@ -58,6 +61,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     loaded, problems = load_recipe_partially(recipe, overrides or ())
     lines: list[str] = []
     if loaded is not None:
+        _look_for_the_hub(loaded.sources, loaded.folder)
         from llm_dqn.preflight import preflight
 
         _hush()
@@ -83,6 +87,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Write completions of a file of prompts."""
+    _look_for_the_hub(_sources_behind(run))
     from llm_dqn.inference import generate_file
 
     _hush()
@@ -110,6 +115,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; a run folder knows its own.")] = None,
 ) -> None:
     """Measure base against tuned on held-out prompts."""
+    _look_for_the_hub([*_sources_behind(run), *(rewards or ())])
     from llm_dqn.console import Console
     from llm_dqn.evaluation import side_by_side
     from llm_dqn.inference import evaluate_run
@@ -163,6 +169,7 @@ def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Also look at a folder or Hub id.")] = None,
 ) -> None:
     """Say what this machine has, and whether a model can be used."""
+    _look_for_the_hub([model] if model else [])
     from llm_dqn.doctor import examine
 
     for line in examine(model):
@@ -177,6 +184,22 @@ def schema() -> None:
     from llm_dqn.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def _look_for_the_hub(names: Iterable[str], recipe_dir: Path | None = None) -> None:
+    """Says at once when something must come from the Hub and the Hub is out of reach. Before any heavy import."""
+    from llm_dqn.offline import keep_to_cache_when_offline
+
+    if keep_to_cache_when_offline(names, recipe_dir):
+        typer.echo("the Hugging Face Hub is out of reach: only what is in its cache can be opened", err=True)
+
+
+def _sources_behind(run: str) -> list[str]:
+    """What opening a run folder, an adapter or a model may need."""
+    from llm_dqn.recipe import load_recipe
+
+    recipe = Path(run) / "recipe.yaml"
+    return [run, *(load_recipe(recipe).sources if recipe.is_file() else [])]
 
 
 def _hush() -> None:

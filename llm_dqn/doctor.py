@@ -11,6 +11,8 @@ from huggingface_hub import constants, get_token
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm_dqn import models
+from llm_dqn.errors import UserError
+from llm_dqn.recipe import mislaid, resolve_path
 
 PACKAGES = ("llm-dqn", "torch", "transformers", "peft", "accelerate", "datasets", "pydantic", "numpy", "trl", "vllm")
 GIB = 2**30
@@ -66,12 +68,18 @@ def _cache_free() -> float:
 
 def _model(path: str) -> Iterator[str]:
     """What matters for Q-learning on a vocabulary; no weights are read."""
+    if mistyped := mislaid(path):
+        raise UserError(mistyped)
+    path = resolve_path(path)
     models.check_model_folder(path)
-    tokenizer = models.load_tokenizer(path)
     try:
         config = AutoConfig.from_pretrained(path)
+        models.check_causal(path, config)
+        tokenizer = models.load_tokenizer(path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise models.loading_error(path, None, "model", error) from error
     rows = models.lm_head(model).weight.shape[0]

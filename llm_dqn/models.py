@@ -83,7 +83,7 @@ def load_causal_lm(
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
         raise loading_error(path, revision, "model", error) from error
-    _check_causal(path, config)
+    check_causal(path, config)
     check_safetensors(path)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
@@ -103,7 +103,8 @@ def load_causal_lm(
     return model.eval()
 
 
-def _check_causal(path: str, config: PreTrainedConfig) -> None:
+def check_causal(path: str, config: PreTrainedConfig) -> None:
+    """`UserError` for a model that does not predict the next token."""
     name = (config.architectures or [type(config).__name__])[0]
     if config.is_encoder_decoder:
         raise UserError(

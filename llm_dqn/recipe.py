@@ -79,6 +79,12 @@ class Recipe(Section):
         """Where the recipe file lies; relative paths in the recipe are looked up there, too."""
         return self._folder
 
+    @property
+    def sources(self) -> list[str]:
+        """Models, data and rewards, as they were typed."""
+        named = [self.model.model_name_or_path, self.data.train, self.data.eval, *(self.reward.funcs or ())]
+        return [name for name in named if name is not None]  # a partly parsed recipe may hold None
+
     def writes(self, key: str) -> bool:
         """Whether `key` stands in the file or among the overrides, rather than having its default."""
         return key in self._document.lines or key in self._document.overridden

@@ -70,6 +70,12 @@ def resolve_path(value: str, recipe_dir: str | os.PathLike[str] | None = None) -
     return value if first is None else str(first) + ending
 
 
+def lies_here(value: str, recipe_dir: str | os.PathLike[str] | None = None) -> bool:
+    """Whether a path written in a recipe, with or without an ending, lies anywhere on this machine."""
+    path, _ = _without_ending(value)
+    return any((place / path).exists() for place in _places(recipe_dir))
+
+
 def mislaid(value: str, recipe_dir: str | os.PathLike[str] | None = None) -> str | None:
     """What to say of a path that lies nowhere though its folder does: it is mistyped rather than a Hub id.
 
@@ -77,7 +83,7 @@ def mislaid(value: str, recipe_dir: str | os.PathLike[str] | None = None) -> str
     """
     path, _ = _without_ending(value)
     places = [place for place in _places(recipe_dir) if (place / path.parent).is_dir()]
-    if path.parent == Path(".") or not places or any((place / path).exists() for place in places):
+    if path.parent == Path(".") or not places or lies_here(value, recipe_dir):
         return None
     there = [entry.name for place in places for entry in (place / path.parent).iterdir()]
     return f"there is no {path.name} in {path.parent}{did_you_mean(path.name, there)}"

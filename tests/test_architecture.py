@@ -22,6 +22,7 @@ adapters policy replay data metrics console reward_functions
 heads reward_model reward_worker
 tables models
 targets losses schedules recipe
+offline
 recipe_problems recipe_sections shipped
 recipe_yaml
 types errors
@@ -37,7 +38,7 @@ KEPT_IN = {
 }
 # files that may know configuration objects; all others take plain arguments
 KNOW_CONFIGURATION = {"__init__", "cli", "trainer", "assembly", "preflight", "inference", "doctor"}
-RECIPE_FILES = {"recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
+RECIPE_FILES = {"offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
 PURE = {"targets", "losses", "schedules", "types"}
 
 FILES = sorted(PACKAGE.glob("*.py"))

@@ -236,3 +236,10 @@ def test_doctor_never_shows_the_token(
     assert "python 3" in shown and "torch " in shown and "vocabulary: " in shown
     monkeypatch.delenv("HF_TOKEN")
     assert run("doctor", "no/such/folder") == 2
+
+
+def test_doctor_says_what_is_wrong_with_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "data/tinylm") == 2
+    assert capsys.readouterr().err == "there is no tinylm in data; did you mean tiny_lm?\n"
+    assert run("doctor", "data/tiny_reward_model") == 2
+    assert "does not predict the next token" in capsys.readouterr().err
