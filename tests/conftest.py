@@ -13,6 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     """The tiny tokenizer with a chat template."""
     return tiny_models.tokenizer(chat=True)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a short finished run of hello_world with two checkpoints; copy it before you change it."""
+    from llm_dqn.recipe import load_recipe
+    from llm_dqn.trainer import DQNTrainer
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    settings = ["max_steps=48", "save_steps=32", "logging_steps=8", "eval_steps=16", "final_eval_prompts=16"]
+    overrides = [f"train.output_dir={folder}", *(f"train.{setting}" for setting in settings)]
+    DQNTrainer.from_recipe(load_recipe("hello_world", overrides)).train()
+    return folder
 
 
 @pytest.fixture(params=sorted(tiny_models.ARCHITECTURES))
