@@ -96,6 +96,12 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     return json.loads((folder / "state.json").read_text()), parts
 
 
+def read_replay(folder: Path) -> list[dict[str, np.ndarray]]:
+    """The replay buffers of a checkpoint, one dict of arrays a process, in the form of `PrefixReplay.load_arrays`."""
+    _, parts = read(folder)
+    return [as_arrays(parts[name]) for name in sorted(parts) if name.startswith("replay-")]
+
+
 def prune(root: Path, keep: int) -> None:
     """Deletes all but the `keep` newest checkpoints, and what unfinished writing left behind."""
     if keep < 1:
