@@ -12,6 +12,7 @@ from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.replay import collate_tokens
 from llm_dqn.rewards import Rewards
 from llm_dqn.rollout import Writer, rollout
+from llm_dqn.statistics import bootstrap_interval, distinct_n
 from llm_dqn.types import Episode, Prompt
 
 Score = Callable[[list[Episode]], list[Episode]]  # fills in rewards; drops episodes on which every reward abstained
@@ -92,24 +93,6 @@ def judged(rewards: Rewards, episodes: Sequence[Episode]) -> list[Episode]:
 def win_rate(pairs: Sequence[tuple[Episode, Episode]]) -> float:
     """Share of (base, tuned) pairs in which the tuned completion scored higher; ties count half."""
     return _mean(np.array([float(t.reward > b.reward) + 0.5 * float(t.reward == b.reward) for b, t in pairs]))
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> list[float]:
-    """95 % percentile interval of the mean, resampling prompts. Efron 1979."""
-    if len(values) == 0:
-        return [float("nan"), float("nan")]
-    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return [float(low), float(high)]
-
-
-def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams of tokens over all n-grams, over all completions together. Li et al. 2016.
-
-    It falls with the number of completions, so compare only over the same prompts.
-    """
-    grams = [tuple(sequence[i : i + n]) for sequence in sequences for i in range(len(sequence) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def perplexity(logprobs: Sequence[Tensor]) -> float:

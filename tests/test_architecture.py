@@ -21,7 +21,7 @@ network rewards
 adapters policy replay data metrics console reward_functions
 heads reward_model reward_worker
 tables models
-targets losses schedules recipe charts
+targets losses schedules recipe charts statistics
 offline
 recipe_problems recipe_sections shipped
 recipe_yaml

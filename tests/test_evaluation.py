@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llm_dqn.evaluation import bootstrap_interval, distinct_n, measure, perplexity, side_by_side, win_rate
+from llm_dqn.evaluation import measure, perplexity, side_by_side, win_rate
+from llm_dqn.statistics import bootstrap_interval, distinct_n
 from tests.networks import episode, network, prompts, shake, writer
 
 
