@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from llm_dqn import data, evaluation, models
-from llm_dqn.assembly import FROM_PYTHON, base_model_of, prompts_of, rewards_of, stream_seed
+from llm_dqn.assembly import FROM_PYTHON, prompts_of, rewards_of, stream_seed
 from llm_dqn.errors import UserError
 from llm_dqn.network import QNetwork
+from llm_dqn.opening import locate
 from llm_dqn.policy import BehaviourPolicy
-from llm_dqn.recipe import Recipe, load_recipe, resolve_path, with_resolved_paths
+from llm_dqn.recipe import Recipe, resolve_path
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, rollout
 from llm_dqn.trainer import EVALUATE
@@ -44,66 +45,23 @@ def open_run(run: str, max_completion_length: int | None = None, batch_size: int
 
     Raises UserError when there is nothing to open.
     """
-    run = resolve_path(run)
-    recipe_file = Path(run) / "recipe.yaml"
-    recipe = with_resolved_paths(load_recipe(recipe_file)) if recipe_file.is_file() else None
-    if recipe is None:
-        base, adapter = _base_and_adapter(run)
-        model, tuned = models.load_causal_lm(base), None
-        tokenizer = models.load_tokenizer(_tokenizer_home(adapter or base, base))
-    else:
-        adapter, tuned = _results_of(Path(run))
-        model, facts = base_model_of(recipe), recipe.model
-        home = _tokenizer_home(adapter or tuned or "", facts.model_name_or_path)
-        tokenizer = models.load_tokenizer(home, facts.model_revision, facts.trust_remote_code)
-    if adapter is not None and (_adapter_config(adapter) or {}).get("modules_to_save"):
+    named = locate(run)
+    recipe, tuned = named.recipe, named.tuned
+    model, tokenizer = named.load_base(), named.load_tokenizer()
+    if named.adapter_config.get("modules_to_save"):
         models.untie_head(model)  # the adapter brings an output layer of its own
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = QNetwork(
         model.to(device),
         models.num_valid_tokens(model, tokenizer),
-        lora=adapter,
+        lora=named.adapter,
         target="head",
         tuned=models.load_causal_lm(tuned).to(device) if tuned else None,
         bf16=recipe.train.bf16 if recipe else False,
     )
     length = max_completion_length or (recipe.rollout.max_completion_length if recipe else 64)
     stop_ids = frozenset(models.stop_token_ids(model, tokenizer))
-    return OpenRun(run, Writer(network, tokenizer, stop_ids, length, batch_size), recipe)
-
-
-def _results_of(folder: Path) -> tuple[str | None, str | None]:
-    """(adapter, tuned model) that a run wrote; one of them is None."""
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return str(folder / "adapter"), None
-    if (folder / "model" / "config.json").is_file():
-        return None, str(folder / "model")
-    raise UserError(f"{folder} holds no adapter yet: let `llm-dqn train` finish, or continue it with --resume")
-
-
-def _base_and_adapter(run: str) -> tuple[str, str | None]:
-    """(base model, adapter) of a path or Hub id that is no run folder; a plain model has no adapter."""
-    config = _adapter_config(run)
-    if config is None:
-        return run, None
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{run}: adapter_config.json names no base model (base_model_name_or_path)")
-    return resolve_path(base), run
-
-
-def _adapter_config(place: str) -> dict[str, Any] | None:
-    """What a folder or Hub id says of its adapter; None where there is none."""
-    folder = Path(place)
-    file = folder / "adapter_config.json" if folder.exists() else models.hub_file(place, "adapter_config.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else None
-
-
-def _tokenizer_home(tuned: str, base: str) -> str:
-    """Where the tokenizer lies: beside what was tuned, or else with the base model."""
-    folder = Path(tuned)
-    beside = folder / "tokenizer_config.json" if folder.is_dir() else models.hub_file(tuned, "tokenizer_config.json")
-    return tuned if beside is not None and beside.is_file() else base
+    return OpenRun(named.name, Writer(network, tokenizer, stop_ids, length, batch_size), recipe)
 
 
 def generate_file(

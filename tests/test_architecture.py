@@ -15,7 +15,7 @@ cli
 doctor preflight inference
 trainer
 assembly logbook
-evaluation checkpoint launch hub card signals
+evaluation checkpoint launch hub card signals opening
 rollout
 network rewards
 adapters policy replay data metrics console reward_functions
@@ -25,7 +25,7 @@ targets losses schedules recipe charts statistics
 offline
 recipe_problems recipe_sections shipped
 recipe_yaml
-types errors
+types errors terminal
 """
 LEVEL = {name: -depth for depth, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
@@ -37,7 +37,7 @@ KEPT_IN = {
     "rich": {"console"},
 }
 # files that may know configuration objects; all others take plain arguments
-KNOW_CONFIGURATION = {"__init__", "cli", "trainer", "assembly", "preflight", "inference", "doctor"}
+KNOW_CONFIGURATION = {"__init__", "cli", "trainer", "assembly", "preflight", "inference", "doctor", "opening"}
 RECIPE_FILES = {"offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
 PURE = {"targets", "losses", "schedules", "types"}
 
