@@ -1,7 +1,9 @@
 """The command line: commands, nothing else. Heavy imports happen inside them, so that --help answers at once."""
 
+import logging
 import signal
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
@@ -10,6 +12,7 @@ from typing import Annotated
 import typer
 
 from llm_dqn.errors import RunError, UserError
+from llm_dqn.terminal import HarmlessHandler, harmless
 
 app = typer.Typer(
     help="Deep Q-learning that fine-tunes a language model against a reward. Begin with: llm-dqn train quickstart",
@@ -68,10 +71,10 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         more, lines = preflight(loaded)
         problems += more
     for line in lines:
-        typer.echo(line)
+        _say(line)
     if problems:
         raise RecipeError(in_file_order(problems))
-    typer.echo("ok")
+    _say("ok")
 
 
 @app.command()
@@ -100,7 +103,7 @@ def generate(
         max_completion_length=max_completion_length,
         seed=seed,
     )
-    typer.echo(f"{count} completions written to {output}")
+    _say(f"{count} completions written to {output}")
 
 
 @app.command()
@@ -141,7 +144,7 @@ def list_recipes() -> None:
 
     for name, path in shipped_recipes().items():
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        typer.echo(f"{name:<14} {first.removeprefix('#').strip()}")
+        _say(f"{name:<14} {first.removeprefix('#').strip()}")
 
 
 @recipes_app.command("show")
@@ -149,7 +152,7 @@ def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print one."""
     from llm_dqn.recipe import find_recipe
 
-    typer.echo(find_recipe(name)[1], nl=False)
+    _say(find_recipe(name)[1], nl=False)
 
 
 @recipes_app.command("cp")
@@ -161,7 +164,7 @@ def copy_recipe(
     from llm_dqn.recipe import copy_recipe
 
     copied = copy_recipe(name, path)
-    typer.echo(f"{copied} written; start it with: llm-dqn train {copied}")
+    _say(f"{copied} written; start it with: llm-dqn train {copied}")
 
 
 @app.command()
@@ -173,7 +176,7 @@ def doctor(
     from llm_dqn.doctor import examine
 
     for line in examine(model):
-        typer.echo(line)
+        _say(line)
 
 
 @app.command()
@@ -183,7 +186,7 @@ def schema() -> None:
 
     from llm_dqn.recipe import Recipe
 
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+    _say(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
 def _look_for_the_hub(names: Iterable[str], recipe_dir: Path | None = None) -> None:
@@ -191,7 +194,7 @@ def _look_for_the_hub(names: Iterable[str], recipe_dir: Path | None = None) -> N
     from llm_dqn.offline import keep_to_cache_when_offline
 
     if keep_to_cache_when_offline(names, recipe_dir):
-        typer.echo("the Hugging Face Hub is out of reach: only what is in its cache can be opened", err=True)
+        _say("the Hugging Face Hub is out of reach: only what is in its cache can be opened", err=True)
 
 
 def _sources_behind(run: str) -> list[str]:
@@ -212,17 +215,33 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
+def _say(text: str, err: bool = False, nl: bool = True) -> None:
+    """Prints what may hold text of strangers; every command prints through this or through `console`."""
+    typer.echo(harmless(text), err=err, nl=nl)
+
+
+def _speak_plainly() -> None:
+    """Warnings of this package and tracebacks reach the terminal harmless, too."""
+    package = logging.getLogger("llm_dqn")
+    if not package.handlers:
+        package.addHandler(HarmlessHandler(logging.WARNING))
+    sys.excepthook = lambda kind, error, trace: print(
+        harmless("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Exits with 0 (good), 1 (the run failed), 2 (wrong input), 130 or 143 (stopped by a signal)."""
+    _speak_plainly()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
     try:
         app(args=arguments, prog_name="llm-dqn")
     except UserError as error:
-        typer.echo(str(error), err=True)
+        _say(str(error), err=True)
         sys.exit(2)
     except RunError as error:
-        typer.echo(f"the run failed: {error}", err=True)
+        _say(f"the run failed: {error}", err=True)
         sys.exit(1)
 
 

@@ -6,7 +6,6 @@ obeyed.
 
 import math
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,15 @@ from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.console import Group, RenderableType
+from rich.console import ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from llm_dqn.terminal import harmless, one_line
 
 # (metric, label, format), in the order of a reading eye
 SHOWN = (
@@ -43,14 +45,16 @@ COMPARED = (
     ("length", "length, tokens", ".1f"),
     ("distinct_2", "distinct pairs of tokens", ".3f"),
 )
-# C0 and C1 controls, DEL, and the marks that turn the direction of text around
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
-def plain(text: Any) -> str:
-    """Text of a model as one harmless line: line ends become ⏎, other control characters are spelled out."""
-    single = str(text).replace("\r\n", "\n").replace("\n", " ⏎ ").replace("\t", " ")
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", single)
+class Screen(RichConsole):
+    """A terminal that obeys rich alone: whatever text is drawn, its own control characters are spelled out."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Segments of text made harmless; rich's own control codes pass."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(harmless(text), style)
 
 
 class Console:
@@ -58,7 +62,7 @@ class Console:
 
     def __init__(self, enabled: bool = True, console: RichConsole | None = None) -> None:
         self.enabled = enabled
-        self.rich = console or RichConsole(highlight=False)
+        self.rich = console or Screen(highlight=False)
         self.animated = enabled and self.rich.is_terminal and not self.rich.is_dumb_terminal and "CI" not in os.environ
         self._metrics: dict[str, Any] = {}
         self._sample: tuple[str, str, float] | None = None
@@ -132,7 +136,7 @@ class Console:
         if self._sample is not None:
             prompt, completion, reward = self._sample
             text = Text.assemble(
-                (plain(prompt)[-200:], "dim"), " ", plain(completion).strip()[:400], (f"  {reward:.3f}", "bold")
+                (one_line(prompt)[-200:], "dim"), " ", one_line(completion).strip()[:400], (f"  {reward:.3f}", "bold")
             )
             parts += [Text(""), text]
         if self._progress is not None:
@@ -172,10 +176,10 @@ class Console:
             table.add_column(name, ratio=1, overflow="fold")
         for sample in samples:
             written = [
-                Text.assemble(plain(sample[who]).strip(), (f"  {form(sample[f'{who}_reward'], '.3f')}", "bold"))
+                Text.assemble(one_line(sample[who]).strip(), (f"  {form(sample[f'{who}_reward'], '.3f')}", "bold"))
                 for who in ("base", "tuned")
             ]
-            table.add_row(Text(plain(sample["prompt"]).strip()), *written)
+            table.add_row(Text(one_line(sample["prompt"]).strip()), *written)
         return table
 
     def where(self, folder: str | os.PathLike[str]) -> None:

@@ -1,0 +1,35 @@
+"""Text of models, data and strangers' files is shown in a terminal, never obeyed by it."""
+
+import logging
+import re
+import sys
+from typing import Any
+
+# C0 and C1 controls and DEL; marks that turn the direction of text around or are invisible; half characters, which no
+# terminal can be sent
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def harmless(text: Any) -> str:
+    r"""The text with its control characters spelled out (`\x1b`, `\u202e`); line ends and tabs stay."""
+    return _CONTROL.sub(_spelled, str(text).replace("\r\n", "\n"))
+
+
+def one_line(text: Any) -> str:
+    """The same as one line: line ends become ⏎, tabs become blanks."""
+    return harmless(text).replace("\n", " ⏎ ").replace("\t", " ")
+
+
+def _spelled(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+class HarmlessHandler(logging.Handler):
+    """Prints the messages of log records, whatever stderr is at that moment (a live panel takes its place)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(harmless(self.format(record)), file=sys.stderr)
