@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llm_dqn.errors import UserError, did_you_mean
+from llm_dqn.isolation import undisturbed
 from llm_dqn.reward_model import RewardModel
 from llm_dqn.reward_worker import Location, load_module, location_of
 
@@ -131,8 +132,9 @@ def _from_module(spec: str, folders: Sequence[Path]) -> RewardFunction | None:
 
 def _load(spec: str, place: str) -> Any:
     try:
-        return load_module(place)
-    except Exception as error:  # whatever the user's file raises
+        with undisturbed():  # a file may seed everything or switch gradients off at its top
+            return load_module(place)
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise UserError(f"reward '{spec}': importing {place} failed: {type(error).__name__}: {error}") from error
 
 

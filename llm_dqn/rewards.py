@@ -6,29 +6,29 @@ keyword arguments. It gets copies, cannot change a random stream, and what comes
 
 import asyncio
 import copy
+import inspect
 import logging
 import math
-import random
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from llm_dqn.errors import RunError, UserError
+from llm_dqn.isolation import undisturbed
 from llm_dqn.reward_functions import RewardFunction, load_reward
 from llm_dqn.reward_model import RewardModel
 from llm_dqn.reward_worker import Worker, ignore, plain_list
 from llm_dqn.types import Message
 
-__all__ = ["RewardFunc", "RewardFunction", "RewardModel", "RewardResult", "Rewards", "load_reward"]
+__all__ = ["RewardError", "RewardFunc", "RewardFunction", "RewardModel", "RewardResult", "Rewards", "load_reward"]
 
 logger = logging.getLogger(__name__)
 
 _CONSTANT_AFTER, _CONSTANT_AGAIN = 10, 50  # batches of equal rewards before a warning, and before each further one
+_NEAR_NUMBERS = ("bool", "str", "Decimal", "Fraction")
 _GRACE = 0.5  # seconds that a cancelled coroutine gets to end by itself
 _RESERVED = {
     "prompt",
@@ -40,6 +40,10 @@ _RESERVED = {
     "log_extra",
     "log_metric",
 }
+
+
+class RewardError(RunError):
+    """A reward function failed, and the rule for that is to stop."""
 
 
 class RewardFunc(Protocol):
@@ -69,7 +73,7 @@ class Rewards:
     """Several reward functions as one.
 
     funcs: callables, names as `load_reward` takes them, or what it gave. weights: one a function, 1 by default.
-    on_error: "fail" raises `RunError`, "skip" leaves the completion out, a number stands in for the failed function.
+    on_error: "fail" raises `RewardError`, "skip" leaves the completion out, a number stands in for the failed function.
     timeout: seconds a call; functions that are not `async` then run in a process of their own, which is ended when it
     takes longer, so they must live in an importable file. Reward models know no timeout.
     """
@@ -97,6 +101,7 @@ class Rewards:
         self.names = _distinct([function.name for function in self.functions])
         self.calls = 0  # completions scored
         self.failed = 0  # rows for which a function failed, under "skip" or a number
+        self.last_fault = ""  # of these, in one sentence
         self._constant_batches = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._callers = [self._caller(function) for function in self.functions]
@@ -129,13 +134,16 @@ class Rewards:
         if not prompts:
             return []
         arguments = _arguments(prompts, completions, columns or [{}] * len(prompts), completion_ids)
-        with _random_state_kept():
+        with undisturbed():
             answers = self._ask(arguments, len(prompts))
         self.calls += len(prompts)
-        if self.on_error == "fail":
-            for name, answer in zip(self.names, answers, strict=True):
-                _raise_fault(name, answer, prompts)
+        before = self.failed
+        for name, answer in zip(self.names, answers, strict=True):
+            self._consider(name, answer, prompts)
         results = [self._combine(row, answers) for row in range(len(prompts))]
+        if len(str(self.failed)) > len(str(before)) or (self.failed and not before):  # at 1, 10, 100 ... rows
+            deed = "left out" if self.on_error == "skip" else f"given {self.on_error}"
+            logger.warning("%d of %d completions %s: %s", self.failed, self.calls, deed, self.last_fault)
         self._watch([result.total for result in results if result.total is not None])
         return results
 
@@ -143,12 +151,12 @@ class Rewards:
         """Calls every function; the async ones wait together."""
         results: list[Any] = []
         for function, caller in zip(self.functions, self._callers, strict=True):
-            chosen = copy.deepcopy(function.select(arguments))
+            chosen = function.select(arguments)
             try:
-                results.append(caller(**chosen))
+                results.append(caller(**copy.deepcopy(chosen)))
             except (Exception, SystemExit) as error:  # what follows from it is on_error's to say
                 results.append(error)
-        waiting = [index for index, result in enumerate(results) if hasattr(result, "__await__")]
+        waiting = [index for index, result in enumerate(results) if inspect.isawaitable(result)]
         for index, outcome in zip(waiting, self._await([results[index] for index in waiting]), strict=True):
             results[index] = outcome
         return [_read(result, count) for result in results]
@@ -175,6 +183,14 @@ class Rewards:
         own = self.timeout is None  # then a TimeoutError is the function's own
         return [late if isinstance(outcome, TimeoutError) and not own else outcome for outcome in outcomes]
 
+    def _consider(self, name: str, answer: _Answer, prompts: Sequence[Any]) -> None:
+        """Stops at a fault, or keeps it to be told."""
+        if answer.faults:
+            self.last_fault = _fault_said(name, answer, prompts)
+            if self.on_error == "fail":
+                cure = "set on_error to skip or to a number to go on all the same"
+                raise RewardError(f"{self.last_fault}; {cure}") from next(iter(answer.faults.values()))
+
     def _combine(self, row: int, answers: list[_Answer]) -> RewardResult:
         each = {name: answer.values[row] for name, answer in zip(self.names, answers, strict=True)}
         failing = [name for name, answer in zip(self.names, answers, strict=True) if row in answer.faults]
@@ -187,8 +203,9 @@ class Rewards:
         total = sum(paid)
         if not math.isfinite(total):
             if self.on_error == "fail":
-                raise RunError(f"the weighted sum of rewards is {total} in row {row + 1}: {each}")
+                raise RewardError(f"the weighted sum of rewards is {total} in row {row + 1}: {each}")
             self.failed += 1
+            self.last_fault = f"the weighted sum of rewards is {total}: {each}"
             return RewardResult(None, each)
         return RewardResult(total if paid else None, each)
 
@@ -245,18 +262,23 @@ def _read(result: Any, count: int) -> _Answer:
         rows = plain_list(result)
         if len(rows) != count:
             raise ValueError(f"returned {len(rows)} rewards for {count} completions")
-    except Exception as error:
+        faults = {row: fault for row, value in enumerate(rows) if (fault := _fault_of(value)) is not None}
+        values = [None if value is None or row in faults else float(value) for row, value in enumerate(rows)]
+    except Exception as error:  # also of values that fail when they are looked at
         return _Answer([None] * count, dict.fromkeys(range(count), error))
-    faults = {row: fault for row, value in enumerate(rows) if (fault := _fault_of(value)) is not None}
-    return _Answer([None if value is None or row in faults else float(value) for row, value in enumerate(rows)], faults)
+    return _Answer(values, faults)
 
 
 def _fault_of(value: Any) -> Exception | None:
     if value is None or _is_finite_number(value):
         return None
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return ValueError(f"returned {value!r:.40}; expected a finite number or None")
-    return TypeError(f"returned {value!r:.40} ({type(value).__name__}); expected a number or None")
+        return ValueError(f"returned {_cut(value)}; expected a finite number or None")
+    kind = type(value).__name__
+    cure = f"; write float(...) around {'it' if kind != 'bool' else 'a yes or no'}"
+    return TypeError(
+        f"returned {_cut(value)} ({kind}); expected a number or None{cure if kind in _NEAR_NUMBERS else ''}"
+    )
 
 
 def _is_finite_number(value: Any) -> bool:
@@ -268,22 +290,29 @@ def _is_finite_number(value: Any) -> bool:
         return False
 
 
-def _raise_fault(name: str, answer: _Answer, prompts: Sequence[Any]) -> None:
-    if not answer.faults:
-        return
+def _fault_said(name: str, answer: _Answer, prompts: Sequence[Any]) -> str:
+    """The first fault of a function: its name, the row, the process and the prompt."""
     row, error = next(iter(answer.faults.items()))
     prompt = prompts[row] if isinstance(prompts[row], str) else prompts[row][-1].get("content")
-    whole = len(answer.faults) == len(prompts)
-    raise RunError(
-        f"the reward '{name}' failed {'' if whole else f'in row {row + 1} of {len(prompts)} '}"
-        f"(prompt {prompt!r:.60}): {_described(error)}; set on_error to skip or to a number to go on all the same"
-    ) from error
+    which = "" if len(answer.faults) == len(prompts) else f"in row {row + 1} of {len(prompts)} "
+    if torch.distributed.is_initialized():
+        which += f"on process {torch.distributed.get_rank()} "
+    return f"the reward '{name}' failed {which}(prompt {prompt!r:.60}): {_described(error)}"
 
 
 def _described(error: Exception) -> str:
-    text = str(error)
+    text = _cut(error, str, 500)
     plain = isinstance(error, TypeError | ValueError) and text.startswith("returned ")
     return text if plain else f"{type(error).__name__}: {text}"
+
+
+def _cut(value: Any, spell: Callable[[Any], str] = repr, length: int = 40) -> str:
+    """A value as text of bounded length, also where it cannot spell itself."""
+    try:
+        text = spell(value)
+    except Exception as error:
+        return f"<{type(value).__name__} that cannot be shown ({type(error).__name__})>"
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -296,18 +325,3 @@ def _distinct(names: list[str]) -> list[str]:
             candidate = f"{name}_{number}"
         taken.append(candidate)
     return taken
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Puts the global random streams back to where they were."""
-    python, numpy, torch_cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)

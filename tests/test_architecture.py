@@ -19,7 +19,7 @@ evaluation checkpoint launch hub card signals opening
 rollout
 network rewards
 adapters policy replay data metrics console reward_functions
-heads reward_model reward_worker
+heads reward_model reward_worker isolation
 tables models
 targets losses schedules recipe charts statistics
 offline
