@@ -192,13 +192,14 @@ class Logbook:
         if self.main:
             network.save_policy(folder)
             tokenizer.save_pretrained(str(folder))
-            self._write_card(folder, report=None)
+            self._write_card(folder)
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _write_card(self, folder: Path, report: dict[str, Any] | None) -> None:
-        text = card.model_card(self.base_name, self.recipe_text, report)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+    def _write_card(self, folder: Path) -> None:
+        kind: card.Kind = "adapter" if (folder / "adapter_config.json").is_file() else "model"
+        recipe = _versions() + self.recipe_text
+        card.read_card(folder, self.folder, str(folder), self.base_name, kind, recipe).write(folder)
 
     def finished(self, report: dict[str, Any], pairs: Sequence[tuple[Episode, Episode]]) -> None:
         """Writes `evaluation.json` and shows before and after."""
@@ -207,8 +208,8 @@ class Logbook:
         (self.folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         for folder in (self.folder / "adapter", self.folder / "model"):
             if folder.is_dir():
-                self._write_card(folder, report)
-        self.console.final_table(report["base"], report["tuned"], report["win_rate"], side_by_side(pairs))
+                self._write_card(folder)
+        self.console.evaluation(report, side_by_side(pairs))
         self.console.where(self.folder)
 
 

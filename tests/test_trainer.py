@@ -92,7 +92,7 @@ def test_a_run_from_python_leaves_what_the_contract_says(tiny_llama_path, tmp_pa
     recipe = load_recipe(run / "recipe.yaml")
     assert recipe.train.max_steps == 6 and recipe.lora is not None and recipe.lora.r == 4
     card = (run / "adapter" / "README.md").read_text()
-    assert "base_model:" in card and "More Information Needed" not in card and "reward, sampled" in card
+    assert "library_name: peft" in card and "More Information Needed" not in card and "reward, sampled" in card
 
 
 def test_the_budget_of_reward_calls_is_kept(tiny_llama_path, tmp_path):
