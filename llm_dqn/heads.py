@@ -125,3 +125,25 @@ def reduce_states(reduce: Callable[..., Tensor], *hiddens: Tensor) -> Tensor:
     if hiddens[0].shape[0] == 0:
         return hiddens[0].float().sum(-1)
     return torch.cat([reduce(*piece) for piece in _pieces(*hiddens)])
+
+
+@torch.no_grad()
+def map_states(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`function` over chunks of the first dimension, its several results joined again, without gradient."""
+    columns = zip(*(function(*piece) for piece in _pieces(*tensors)), strict=True)
+    return tuple(torch.cat(column) for column in columns)
+
+
+def compare_tokens(logits: Tensor, ref_logits: Tensor, actions: Tensor, top: int) -> tuple[Tensor, ...]:
+    """How tuned policy and base see the taken tokens and the base's `top` likeliest: (N, V), (N, V), (N,) ->
+
+    ids (N, 1 + K) with the taken token first, their log-probabilities under both (N, 1 + K), and the taken token's
+    ranks under both (N,), 1 = likeliest.
+    """
+    top_ids = ref_logits.topk(min(top, ref_logits.shape[-1]), dim=-1).indices
+    chosen = torch.cat([actions.unsqueeze(-1), top_ids], dim=-1)
+    found, ref_found = logits.gather(-1, chosen), ref_logits.gather(-1, chosen)
+    ranks = (logits > found[:, :1]).sum(-1) + 1
+    ref_ranks = (ref_logits > ref_found[:, :1]).sum(-1) + 1
+    logprobs = found - logits.logsumexp(-1, keepdim=True)
+    return chosen, logprobs, ref_found - ref_logits.logsumexp(-1, keepdim=True), ranks, ref_ranks

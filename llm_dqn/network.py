@@ -24,8 +24,19 @@ from transformers import PreTrainedModel
 from llm_dqn import models
 from llm_dqn.adapters import AdapterRoles, CopyRoles, LoraConfig, Role, targets_head
 from llm_dqn.errors import UserError
-from llm_dqn.heads import ActingHead, LinearQHead, ValueHead, logsumexp_q, reduce_states, taken_logprobs
-from llm_dqn.types import PrefixBatch, QOutput, TokenBatch
+from llm_dqn.heads import (
+    ActingHead,
+    LinearQHead,
+    ValueHead,
+    compare_tokens,
+    logsumexp_q,
+    map_states,
+    reduce_states,
+    taken_logprobs,
+)
+from llm_dqn.states import action_states, split_values, spread, visited_states
+from llm_dqn.targets import soft_value
+from llm_dqn.types import PrefixBatch, QOutput, TokenBatch, TokenLook
 
 # (q_values (N, V), log_prior (N, V), online q_values (N, V)) -> values (N,): a rule of `targets`
 Backup = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -37,7 +48,7 @@ class QNetwork(nn.Module):
     num_tokens: rows of the output layer that may be chosen; padded rows beyond them get no probability and no value.
     backup: how Q-values make a state's value; None takes V from the value head, which for `lm` is the soft value.
     lora: a new adapter's settings, or the path of a saved one that only writes. None tunes all weights, and keeps
-    copies of the model as reference and target; `tuned` are weights from such a run.
+    copies of the model as reference and target; `tuned` are weights from such a run (`model` itself: none).
     needs_logprobs: whether `forward` also gives log pi(a|s), which a linear head can do without.
     bf16: the trunk runs in bfloat16 autocast; Q, targets and losses stay float32.
     target: "adapter" lags adapter and heads; "head" lags the heads only, on a trunk that moves under them.
@@ -66,6 +77,8 @@ class QNetwork(nn.Module):
         self.num_tokens, self.kind, self.beta = num_tokens, q_head, beta
         self.backup, self.uniform_prior = backup, uniform_prior
         self.needs_logprobs, self.bf16 = needs_logprobs, bf16
+        self.is_base = tuned is model  # nothing is tuned: one pass answers for both policies
+        self._folded = q_head == "linear" and (isinstance(lora, str) or tuned is not None)  # as `save_policy` leaves it
         self._postprocess = models.head_postprocess(model)
         if q_head == "linear" and not _is_identity(self._postprocess, models.lm_head(model)):
             raise UserError(
@@ -131,7 +144,7 @@ class QNetwork(nn.Module):
 
     def _acting_logits(self, hidden: Tensor, role: Role) -> Tensor:
         """(N, H) -> (N, V) logits of the policy that acts in that role."""
-        if self.kind == "lm" or role == "reference":
+        if self.kind == "lm" or role == "reference" or self._folded:
             return self._lm_logits(hidden, role)
         scaled_q = self._q_head(role)(hidden) / self.beta
         return scaled_q if self.uniform_prior else self._lm_logits(hidden, role) + scaled_q
@@ -152,22 +165,20 @@ class QNetwork(nn.Module):
         values = zeros
         if "value" in self.heads:
             # V reads the trunk but does not shape it: its gradient there is 1 / beta times the policy's.
-            values = _spread(self._value_head("online")(states.detach()), tokens.action_mask)
+            values = spread(self._value_head("online")(states.detach()), tokens.action_mask)
         logprobs = zeros
         if self.needs_logprobs:
-            logprobs = _spread(self._taken_logprobs(states, tokens, "online"), tokens.action_mask)
+            logprobs = spread(self._taken_logprobs(states, tokens, "online"), tokens.action_mask)
         if self.kind == "lm":
             taken = values + self.beta * (logprobs - batch.ref_logprobs)
         else:
-            taken = _spread(
-                self._q_head("online").taken(states, tokens.actions[tokens.action_mask]), tokens.action_mask
-            )
+            taken = spread(self._q_head("online").taken(states, tokens.actions[tokens.action_mask]), tokens.action_mask)
         return QOutput(taken, values, zeros, logprobs)
 
     def conservative_term(self, batch: PrefixBatch) -> Tensor:
         """(B, T) log sum_a exp Q(s, a) of the online linear head, with gradient, for CQL."""
         states = action_states(self._hidden(batch.tokens, "online"), batch.tokens)
-        return _spread(logsumexp_q(states, self._q_head("online")), batch.action_mask)
+        return spread(logsumexp_q(states, self._q_head("online")), batch.action_mask)
 
     @torch.no_grad()
     def target(self, batch: PrefixBatch, role: Role = "target") -> QOutput:
@@ -177,19 +188,19 @@ class QNetwork(nn.Module):
         states = action_states(hidden, tokens)
         values, next_values = self._state_values(hidden, tokens, role)
         if self.kind == "lm":
-            logprobs = _spread(self._taken_logprobs(states, tokens, role), tokens.action_mask)
+            logprobs = spread(self._taken_logprobs(states, tokens, role), tokens.action_mask)
             base = self._spread_values(hidden, tokens, role)[0] if self.backup else values
             taken = base + self.beta * (logprobs - batch.ref_logprobs)
         else:
             logprobs = torch.zeros_like(values)
             q_head = self._q_head(role)
-            taken = _spread(q_head.taken(states, tokens.actions[tokens.action_mask]), tokens.action_mask)
+            taken = spread(q_head.taken(states, tokens.actions[tokens.action_mask]), tokens.action_mask)
         return QOutput(taken * tokens.action_mask, values, next_values, logprobs)
 
     def _spread_values(self, hidden: Tensor, tokens: TokenBatch, role: Role) -> tuple[Tensor, Tensor]:
         """V(s) and V(s') from the value head, (B, T) each."""
         flat = self._value_head(role)(visited_states(hidden, tokens))
-        return _split_values(flat, tokens)
+        return split_values(flat, tokens)
 
     def _state_values(self, hidden: Tensor, tokens: TokenBatch, role: Role) -> tuple[Tensor, Tensor]:
         if self.backup is None:
@@ -203,7 +214,7 @@ class QNetwork(nn.Module):
             q_values = self._q_values(states, log_prior, role)
             return backup(q_values, log_prior, self._q_values(online_states, log_prior, "online"))
 
-        return _split_values(reduce_states(reduce, visited_states(hidden, tokens), online, reference), tokens)
+        return split_values(reduce_states(reduce, visited_states(hidden, tokens), online, reference), tokens)
 
     def _log_prior(self, states: Tensor, ref_states: Tensor, role: Role) -> Tensor:
         """(N, V) log prior(a|s): the reference for `lm`; the LM on the same trunk, or uniform, for `linear`."""
@@ -223,23 +234,57 @@ class QNetwork(nn.Module):
     # --- what acting and watching ask -----------------------------------------------------------------------------
 
     @torch.no_grad()
+    def look(self, tokens: TokenBatch, top: int = 3) -> TokenLook:
+        """Q, V and ranks of every completion token, row after row, and the base model's `top` likeliest instead.
+
+        V is the value head's, or else (`linear`) the soft maximum beta log sum_a prior(a|s) exp(Q(s, a) / beta), so
+        that Q - V = beta (log pi - log prior) for both heads.
+        """
+        states = action_states(self._hidden(tokens, "online"), tokens)
+        ref_states = states if self.is_base else action_states(self._hidden(tokens, "reference"), tokens)
+
+        def piece(states: Tensor, ref_states: Tensor, actions: Tensor) -> tuple[Tensor, ...]:
+            logits = self._acting_logits(states, "online")
+            ref_logits = logits if self.is_base else self._lm_logits(ref_states, "reference")
+            chosen, logprobs, ref_logprobs, *ranks = compare_tokens(logits, ref_logits, actions, top)
+            if self.kind == "lm":
+                values = self._value_head("online")(states)
+                q_chosen = values.unsqueeze(-1) + self.beta * (logprobs - ref_logprobs)
+            else:
+                q_values = self._q_head("online")(states)
+                prior = torch.zeros_like(logits) if self.uniform_prior else logits - q_values / self.beta
+                soft = "value" not in self.heads
+                log_prior = prior.log_softmax(-1)
+                values = soft_value(q_values, log_prior, self.beta) if soft else self._value_head("online")(states)
+                q_chosen = q_values.gather(-1, chosen)
+            probs = (ref_logprobs[:, 1:].exp(), logprobs[:, 1:].exp())
+            return q_chosen[:, 0], values, *ranks, chosen[:, 1:], q_chosen[:, 1:], *probs
+
+        return TokenLook(*map_states(piece, states, ref_states, tokens.actions[tokens.action_mask]))
+
+    @torch.no_grad()
     def logprobs(self, tokens: TokenBatch, role: Role) -> Tensor:
         """(B, T) log pi(a|s) of the completion tokens under the policy of `role`; 0 where masked."""
         states = action_states(self._hidden(tokens, role), tokens)
-        return _spread(self._taken_logprobs(states, tokens, role), tokens.action_mask)
+        return spread(self._taken_logprobs(states, tokens, role), tokens.action_mask)
 
     @torch.no_grad()
-    def kl(self, tokens: TokenBatch) -> Tensor:
-        """(B, T) exact KL(pi || pi_ref) over the vocabulary, in nats, at every visited state; 0 where masked."""
+    def kl(self, tokens: TokenBatch, scale: float = 1.0) -> Tensor:
+        """(B, T) exact KL(pi || pi_ref) over the vocabulary, in nats, at every visited state; 0 where masked.
+
+        scale: of the policy pi_ref (pi / pi_ref)^scale instead of pi.
+        """
         online = action_states(self._hidden(tokens, "online"), tokens)
         reference = action_states(self._hidden(tokens, "reference"), tokens)
 
         def divergence(online_states: Tensor, ref_states: Tensor) -> Tensor:
             log_pi = self._acting_logits(online_states, "online").log_softmax(-1)
             log_ref = self._lm_logits(ref_states, "reference").log_softmax(-1)
+            if scale != 1:
+                log_pi = (log_ref + scale * (log_pi - log_ref)).log_softmax(-1)
             return (log_pi.exp() * (log_pi - log_ref)).sum(-1)
 
-        return _spread(reduce_states(divergence, online, reference), tokens.action_mask)
+        return spread(reduce_states(divergence, online, reference), tokens.action_mask)
 
     @contextmanager
     def writer(self, role: Role) -> Iterator[PreTrainedModel]:
@@ -248,16 +293,18 @@ class QNetwork(nn.Module):
         self.model.eval()
         try:
             with torch.no_grad(), self.roles.acting_as(role) as plain, self._precision():
-                if self.kind == "lm" or role == "reference":
+                if self.kind == "lm" or self._folded:
                     yield plain
-                else:
-                    lm_head = models.lm_head(plain)
-                    q_head = self._q_head(role)
-                    plain.set_output_embeddings(ActingHead(lm_head, q_head, self.beta, self.uniform_prior))
-                    try:
-                        yield plain
-                    finally:
-                        plain.set_output_embeddings(lm_head)
+                    return
+                before = models.lm_head(plain)  # an acting head while the reference is asked within another's writing
+                head: nn.Module = before.lm_head if isinstance(before, ActingHead) else before
+                if role != "reference":
+                    head = ActingHead(head, self._q_head(role), self.beta, self.uniform_prior)
+                plain.set_output_embeddings(head)
+                try:
+                    yield plain
+                finally:
+                    plain.set_output_embeddings(before)
         finally:
             self.model.train(was_training)
 
@@ -300,7 +347,7 @@ class QNetwork(nn.Module):
         else:
             self.roles.save_with_head(folder, self.head_name, self._folded_head())
         heads = {name: value.detach().cpu().contiguous() for name, value in self.heads.state_dict().items()}
-        facts = {"q_head": self.kind, "beta": self.beta, "num_tokens": self.num_tokens}
+        facts = {"q_head": self.kind, "beta": self.beta, "num_tokens": self.num_tokens, "uniform": self.uniform_prior}
         save_file(heads, folder / "q_head.safetensors", metadata={"llm_dqn": json.dumps(facts)})
 
     @torch.no_grad()
@@ -315,38 +362,6 @@ class QNetwork(nn.Module):
         """Reads the heads that `save_policy` wrote."""
         self.heads.load_state_dict(load_file(folder / "q_head.safetensors"))
         self.target_heads.load_state_dict(self.heads.state_dict())
-
-
-def action_states(hidden: Tensor, tokens: TokenBatch) -> Tensor:
-    """States in which the completion's tokens were chosen: (B, L, H) -> (N, H); state t ends with token P + t - 1."""
-    return _pick(hidden, tokens.prompt_lengths - 1, tokens.action_mask)
-
-
-def visited_states(hidden: Tensor, tokens: TokenBatch) -> Tensor:
-    """`action_states` and, for each episode, the state after its last action: (B, L, H) -> (N + B, H)."""
-    return _pick(hidden, tokens.prompt_lengths - 1, _visited_mask(tokens))
-
-
-def _visited_mask(tokens: TokenBatch) -> Tensor:
-    """(B, T + 1): an action mask with one more position an episode."""
-    return torch.cat([torch.ones_like(tokens.action_mask[:, :1]), tokens.action_mask], dim=1)
-
-
-def _pick(hidden: Tensor, first: Tensor, mask: Tensor) -> Tensor:
-    positions = first.unsqueeze(1) + torch.arange(mask.shape[1], device=hidden.device)
-    rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1).expand_as(positions)
-    return hidden[rows[mask], positions[mask]]
-
-
-def _spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """(N,) -> (B, T), zero where masked."""
-    return torch.zeros(mask.shape, dtype=torch.float32, device=flat.device).masked_scatter(mask, flat.float())
-
-
-def _split_values(flat: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Values of the visited states -> V(s_t) and V(s_{t+1}), (B, T) each, zero where masked."""
-    values = _spread(flat, _visited_mask(tokens))
-    return values[:, :-1] * tokens.action_mask, values[:, 1:] * tokens.action_mask
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

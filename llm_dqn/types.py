@@ -91,6 +91,20 @@ class QOutput:
 
 
 @dataclass(frozen=True)
+class TokenLook:
+    """What a network says of N completion tokens, and of the K tokens that the base model found likeliest instead."""
+
+    q_values: Tensor  # (N,) Q(s, a) of the taken token
+    values: Tensor  # (N,) V(s)
+    ranks: Tensor  # (N,) place of the taken token among all under the tuned policy, 1 = likeliest
+    base_ranks: Tensor  # (N,) the same under the base model
+    top_ids: Tensor  # (N, K) the base model's likeliest tokens in order
+    top_q_values: Tensor  # (N, K) Q(s, a) of these
+    top_base_probs: Tensor  # (N, K) their probability under the base model
+    top_probs: Tensor  # (N, K) their probability under the tuned policy
+
+
+@dataclass(frozen=True)
 class TDTarget:
     """What the online network should have said: (B, T) each, without gradient, zero where masked."""
 

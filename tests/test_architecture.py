@@ -14,18 +14,19 @@ __main__
 cli
 doctor preflight inference
 trainer
+inputs
 assembly logbook
-evaluation checkpoint launch hub card signals opening
-rollout
+evaluation scoring checkpoint launch hub card opening
+rollout strength
 network rewards
 adapters policy replay data metrics console reward_functions
-heads reward_model reward_worker isolation
-tables models
-targets losses schedules recipe charts statistics
-offline
+heads states token_texts heatmap episode_store reward_model reward_worker isolation
+tables models pages
+targets losses schedules recipe charts statistics references processes memory numerics
+offline recipe_changes
 recipe_problems recipe_sections shipped
-recipe_yaml
-types errors terminal
+recipe_yaml lock
+types errors terminal signals
 """
 LEVEL = {name: -depth for depth, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
@@ -37,8 +38,8 @@ KEPT_IN = {
     "rich": {"console"},
 }
 # files that may know configuration objects; all others take plain arguments
-KNOW_CONFIGURATION = {"__init__", "cli", "trainer", "assembly", "preflight", "inference", "doctor", "opening"}
-RECIPE_FILES = {"offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
+KNOW_CONFIGURATION = {"__init__", "cli", "trainer", "inputs", "assembly", "preflight", "inference", "doctor", "opening"}
+RECIPE_FILES = {"recipe_changes", "offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
 PURE = {"targets", "losses", "schedules", "types"}
 
 FILES = sorted(PACKAGE.glob("*.py"))

@@ -1,0 +1,41 @@
+"""Which hidden states of a padded batch are states of the decision process, and the way back to (B, T).
+
+B episodes, L padded length, T actions, N action positions, H hidden size.
+"""
+
+import torch
+from torch import Tensor
+
+from llm_dqn.types import TokenBatch
+
+
+def action_states(hidden: Tensor, tokens: TokenBatch) -> Tensor:
+    """States in which the completion's tokens were chosen: (B, L, H) -> (N, H); state t ends with token P + t - 1."""
+    return _pick(hidden, tokens.prompt_lengths - 1, tokens.action_mask)
+
+
+def visited_states(hidden: Tensor, tokens: TokenBatch) -> Tensor:
+    """`action_states` and, for each episode, the state after its last action: (B, L, H) -> (N + B, H)."""
+    return _pick(hidden, tokens.prompt_lengths - 1, _visited_mask(tokens))
+
+
+def _visited_mask(tokens: TokenBatch) -> Tensor:
+    """(B, T + 1): an action mask with one more position an episode."""
+    return torch.cat([torch.ones_like(tokens.action_mask[:, :1]), tokens.action_mask], dim=1)
+
+
+def _pick(hidden: Tensor, first: Tensor, mask: Tensor) -> Tensor:
+    positions = first.unsqueeze(1) + torch.arange(mask.shape[1], device=hidden.device)
+    rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1).expand_as(positions)
+    return hidden[rows[mask], positions[mask]]
+
+
+def spread(flat: Tensor, mask: Tensor) -> Tensor:
+    """(N,) -> (B, T), zero where masked."""
+    return torch.zeros(mask.shape, dtype=torch.float32, device=flat.device).masked_scatter(mask, flat.float())
+
+
+def split_values(flat: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Values of the visited states -> V(s_t) and V(s_{t+1}), (B, T) each, zero where masked."""
+    values = spread(flat, _visited_mask(tokens))
+    return values[:, :-1] * tokens.action_mask, values[:, 1:] * tokens.action_mask
