@@ -1,0 +1,199 @@
+"""Several processes that end together: what fails on one of them ends all, in seconds, with the same message.
+
+A process that waits in a collective for one that failed would wait for half an hour. Two things keep it from that.
+Where the user's code runs, the processes `agree` on how it went before they go on, so that they can still save. For
+everything else each process watches the others: a failure is posted where all see it, a process that was killed is
+missed by those on the same machine, and whoever still waits `GRACE` seconds later is ended.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llm_dqn.errors import RunError, UserError
+from llm_dqn.signals import Stopped
+
+T = TypeVar("T")
+PERIOD = 0.3  # seconds between two looks at the others
+GRACE = 10.0  # seconds that a process has to end by itself once another one failed
+_FAILURE = "failure"
+
+
+class Processes:
+    """The processes of a run, seen from one of them. With a single process everything here is a plain call.
+
+    device: where tensors for collectives must be. All processes make and leave this context together.
+    """
+
+    def __init__(self, rank: int, world: int, device: torch.device | str = "cpu") -> None:
+        self.rank, self.world, self.device = rank, world, device
+        self._store: dist.Store | None = None
+        self._places: list[str] = []  # "host pid" of every process
+        self._known: tuple[bool, str] | None = None  # (the user's fault, message) of the first failure
+        self._agreed = False
+        self._over = threading.Event()
+
+    def __enter__(self) -> "Processes":
+        if self.world > 1:
+            self._known, self._agreed = None, False
+            self._over.clear()
+            self._meet()
+            threading.Thread(target=self._watch, daemon=True, name="watches-other-processes").start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.world == 1:
+            return
+        try:
+            if error is None:
+                self.gather(None)
+            elif isinstance(error, Exception):
+                raise self._failed(error) from error
+            elif isinstance(error, Stopped) and self._awaited() is not None:
+                # a launcher that loses one process asks the others to stop
+                raise _error_of(self._known)  # type: ignore[arg-type]
+        finally:
+            self._leave()
+
+    # --- agreeing ---------------------------------------------------------------------------------------------------
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """What `work` returns. When it fails on some process, all raise the same error, naming that process."""
+        if self.world == 1:
+            return work()
+        result: Any = None
+        failure: tuple[bool, str] | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = self._post(error)
+        for first in self.gather(failure):
+            if first is not None:
+                self._known, self._agreed = first, True
+                raise _error_of(first)
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank."""
+        if self.world == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    # --- watching ---------------------------------------------------------------------------------------------------
+
+    def _meet(self) -> None:
+        """Opens a place for messages, which process 0 keeps, and learns where everyone is."""
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        if self.rank == 0:
+            self._store = dist.TCPStore(host, 0, self.world, is_master=True, wait_for_workers=False)
+        ports = [self._store.port if self.rank == 0 else 0]  # type: ignore[union-attr]
+        dist.broadcast_object_list(ports, src=0, device=torch.device(self.device))
+        if self.rank != 0:
+            seconds = timedelta(seconds=60)
+            self._store = dist.TCPStore(host, ports[0], self.world, is_master=False, timeout=seconds)
+        self._places = self.gather(f"{socket.gethostname()} {os.getpid()}")
+
+    def _watch(self) -> None:
+        noticed = None
+        while not self._over.wait(PERIOD):
+            try:
+                self._look()
+            except RuntimeError:  # the store is gone, and process 0 with it
+                self._known = self._known or (False, self._missing(0))
+            if self._known is None or self._agreed:
+                continue
+            noticed = noticed or time.monotonic()
+            if time.monotonic() - noticed > GRACE:
+                self._end()
+
+    def _look(self) -> None:
+        assert self._store is not None
+        if self._store.check([_FAILURE]):
+            self._known = self._known or tuple(json.loads(self._store.get(_FAILURE)))
+            return
+        here = socket.gethostname()
+        for rank, place in enumerate(self._places):
+            host, pid = place.rsplit(" ", 1)
+            if host == here and not _exists(int(pid)) and not self._store.check([f"left {rank}"]):
+                self._known = self._publish(False, self._missing(rank))
+
+    def _end(self) -> None:
+        """Ends this process from outside its main thread, which waits for one that will not come."""
+        assert self._known is not None
+        for child in multiprocessing.active_children():
+            child.kill()
+        print(f"the run failed: {self._known[1]}", file=sys.stderr, flush=True)
+        os._exit(2 if self._known[0] else 1)
+
+    def _leave(self) -> None:
+        """Says goodbye; process 0 stays until the others have had time to read why it goes."""
+        try:
+            if self._store is not None:
+                self._store.set(f"left {self.rank}", "")
+            if self._known is not None and self.rank == 0:
+                time.sleep(3 * PERIOD)
+        except RuntimeError:
+            self._store = None
+        finally:
+            self._over.set()
+
+    # --- failing ----------------------------------------------------------------------------------------------------
+
+    def _failed(self, error: Exception) -> Exception:
+        """What to raise for an error: the failure of another process when that came first."""
+        if not isinstance(error, UserError | RunError):
+            self._awaited()
+        self._known = self._known or self._post(error)
+        return _error_of(self._known)
+
+    def _awaited(self) -> tuple[bool, str] | None:
+        """The failure of another process; a broken connection is noticed a little before its reason is."""
+        deadline = time.monotonic() + 4 * PERIOD
+        while self._known is None and time.monotonic() < deadline:
+            time.sleep(PERIOD / 4)
+        return self._known
+
+    def _post(self, error: Exception) -> tuple[bool, str]:
+        if not isinstance(error, UserError | RunError):
+            traceback.print_exception(error)
+        text = str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}"
+        return self._publish(isinstance(error, UserError), f"process {self.rank} of {self.world}: {text}")
+
+    def _publish(self, user: bool, message: str) -> tuple[bool, str]:
+        """Posts a failure unless there is one; returns the one that stands."""
+        mine = json.dumps([user, message])
+        try:
+            assert self._store is not None
+            return tuple(json.loads(self._store.compare_set(_FAILURE, "", mine)))  # type: ignore[return-value]
+        except RuntimeError:  # process 0 took the store with it
+            return user, message
+
+    def _missing(self, rank: int) -> str:
+        return f"process {rank} of {self.world} was ended from outside (killed, or memory ran out)"
+
+
+def _error_of(failure: tuple[bool, str]) -> Exception:
+    return (UserError if failure[0] else RunError)(failure[1])
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
