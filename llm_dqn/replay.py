@@ -1,13 +1,14 @@
 """Prefix replay: whole episodes are stored once and every prefix of them is learned from."""
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llm_dqn.episode_store import EpisodeStore
 from llm_dqn.types import Episode, PrefixBatch, TokenBatch
 
 SamplingRule = Callable[["PrefixReplay", int, np.random.Generator], np.ndarray]
@@ -53,21 +54,6 @@ def prioritized(alpha: float = 0.6, half_life: float = 1000.0) -> SamplingRule:
     return sample
 
 
-@dataclass
-class _Row:
-    """One stored episode, as compact arrays."""
-
-    tokens: np.ndarray  # int32 (P + T,)
-    prompt_length: int
-    ref_logprobs: np.ndarray  # float32 (T,)
-    behaviour_logprobs: np.ndarray  # float32 (T,)
-    reward: float
-    ended: str
-    version: int
-    source: str
-    priority: float
-
-
 _ENDED = ("eos", "length")
 _SOURCE = ("online", "logged")
 
@@ -77,159 +63,165 @@ class PrefixReplay:
 
     truncated: what reaching the length cap means. "terminal": the reward was for the text as it stands, nothing
     follows. "bootstrap": the text would have gone on, so the value of its last state is added to the target.
+    vocabulary: identifies the tokenizer; what comes back from a checkpoint must have the same.
     """
 
     def __init__(
-        self, capacity: int, gamma: float = 1.0, truncated: Literal["terminal", "bootstrap"] = "terminal"
+        self,
+        capacity: int,
+        gamma: float = 1.0,
+        truncated: Literal["terminal", "bootstrap"] = "terminal",
+        vocabulary: bytes = b"",
+        segment_size: int = 1024,
     ) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity must be at least 1 episode, got {capacity}")
+        self.store = EpisodeStore(capacity, segment_size, vocabulary)
         self.capacity, self.gamma, self.truncated = capacity, gamma, truncated
-        self._rows: list[_Row] = []
-        self.added = 0  # episodes ever added; the next one goes to slot `added % capacity`
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.store)
+
+    @property
+    def added(self) -> int:
+        """Episodes ever added; the next one goes to slot `added % capacity`."""
+        return self.store.added
 
     @property
     def rewards(self) -> np.ndarray:
-        """(n,) rewards of the stored episodes, by slot."""
-        return np.array([row.reward for row in self._rows], dtype=np.float64)
+        """(n,) rewards of the stored episodes, by slot; a view that cannot be written to."""
+        return self._view("rewards")
 
     @property
     def priorities(self) -> np.ndarray:
-        """(n,) last known mean |TD error|, by slot."""
-        return np.array([row.priority for row in self._rows], dtype=np.float64)
+        """(n,) last known mean |TD error|, by slot; a view that cannot be written to."""
+        return self._view("priorities")
 
     @property
     def versions(self) -> np.ndarray:
-        """(n,) learner step that wrote each episode, by slot."""
-        return np.array([row.version for row in self._rows], dtype=np.int64)
+        """(n,) learner step that wrote each episode, by slot; a view that cannot be written to."""
+        return self._view("versions")
+
+    def _view(self, name: str) -> np.ndarray:
+        view = self.store.column(name)
+        view.flags.writeable = False
+        return view
 
     def add(self, episodes: Sequence[Episode]) -> None:
-        """Remembers scored episodes; a reward that is not finite, or an episode without tokens, is refused."""
-        fresh = max((row.priority for row in self._rows), default=1.0)
+        """Remembers scored episodes. One whose reward is not finite, or that has no tokens, is refused together with
+        all others of the call.
+        """
         for episode in episodes:
             if not np.isfinite(episode.reward):
                 raise ValueError(f"replay takes finite rewards only, got {episode.reward} for {episode.completion!r}")
             if len(episode.completion_ids) == 0:
                 raise ValueError(f"an episode needs at least one action, got none after {episode.prompt!r}")
-            self._put(_row_of(episode, priority=fresh))
-
-    def _put(self, row: _Row) -> None:
-        slot = self.added % self.capacity
-        if slot < len(self._rows):
-            self._rows[slot] = row
-        else:
-            self._rows.append(row)
-        self.added += 1
+        fresh = self.priorities.max() if len(self) else 1.0
+        for episode in episodes:
+            facts = {
+                "prompt_lengths": len(episode.prompt_ids),
+                "rewards": episode.reward,
+                "ended": _ENDED.index(episode.ended),
+                "versions": episode.policy_version,
+                "source": _SOURCE.index(episode.source),
+                "priorities": fresh,
+            }
+            flat = {
+                "tokens": torch.cat([episode.prompt_ids, episode.completion_ids]).numpy(),
+                "ref_logprobs": episode.ref_logprobs.numpy(),
+                "behaviour_logprobs": episode.behaviour_logprobs.numpy(),
+            }
+            self.store.put(facts, flat)
 
     def sample(self, size: int, rng: np.random.Generator, rule: SamplingRule) -> PrefixBatch:
-        """`size` episodes with all their prefixes, drawn with replacement by `rule`."""
-        if not self._rows:
+        """`size` episodes with all their prefixes, drawn by `rule` with replacement: there may be fewer in store."""
+        if size < 1:
+            raise ValueError(f"a batch needs at least one episode, got size {size}")
+        if len(self) == 0:
             raise ValueError("the replay buffer is empty: add episodes before sampling")
         return self.batch(rule(self, size, rng))
 
     def batch(self, slots: np.ndarray) -> PrefixBatch:
         """The episodes in `slots` as one padded batch."""
-        rows = [self._rows[int(slot)] for slot in slots]
-        tokens = [torch.from_numpy(row.tokens.astype(np.int64)) for row in rows]
-        layout = collate_tokens(
-            [t[: row.prompt_length] for t, row in zip(tokens, rows, strict=True)],
-            [t[row.prompt_length :] for t, row in zip(tokens, rows, strict=True)],
-        )
-        rewards = torch.zeros(layout.actions.shape)
-        ref_logprobs = torch.zeros(layout.actions.shape)
-        discounts = self.gamma * layout.action_mask
-        for i, row in enumerate(rows):
-            last = len(row.ref_logprobs) - 1
-            rewards[i, last] = row.reward
-            discounts[i, last] = self._final_discount(row)
-            ref_logprobs[i, : last + 1] = torch.from_numpy(row.ref_logprobs)
-        return PrefixBatch(layout, rewards, discounts, ref_logprobs, torch.from_numpy(np.asarray(slots)))
+        slots = np.asarray(slots, dtype=np.int64)
+        facts, flat = self.store.rows(slots), self.store.flat(slots, ("tokens", "ref_logprobs"))
+        layout = _lay_out(flat["tokens"], facts["prompt_lengths"], facts["lengths"])
+        mask = layout.action_mask.numpy()
+        rewards, ref_logprobs = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
+        discounts = np.where(mask, np.float32(self.gamma), np.float32(0))
+        last = np.arange(len(slots)), facts["lengths"] - facts["prompt_lengths"] - 1
+        rewards[last] = facts["rewards"]
+        discounts[last] = self._final_discounts(facts["ended"])
+        ref_logprobs[mask] = flat["ref_logprobs"]
+        return PrefixBatch(layout, *map(torch.from_numpy, (rewards, discounts, ref_logprobs, slots)))
 
-    def _final_discount(self, row: _Row) -> float:
+    def _final_discounts(self, ended: np.ndarray) -> np.ndarray:
         """0 where nothing follows the last action: the one place where truncation and termination are told apart."""
-        goes_on = row.ended == "length" and self.truncated == "bootstrap"
-        return self.gamma if goes_on else 0.0
+        goes_on = (ended == _ENDED.index("length")) & (self.truncated == "bootstrap")
+        return np.where(goes_on, self.gamma, 0.0)
 
-    def update_priorities(self, slots: Tensor, td_errors: Tensor) -> None:
-        """Mean |TD error| of each sampled episode, (B,), becomes its priority."""
-        for slot, error in zip(slots.tolist(), td_errors.tolist(), strict=True):
-            self._rows[slot].priority = error
+    def update_priorities(self, slots: Tensor, td_errors: Tensor, drawn_at: int | None = None) -> None:
+        """Mean |TD error| of each sampled episode, (B,), becomes its priority.
+
+        drawn_at: what `added` was when the batch was drawn; episodes that made room since then are left out. An error
+        that is not finite changes nothing, with a warning.
+        """
+        places, errors = slots.cpu().numpy(), td_errors.double().cpu().numpy()
+        if len(places) and (places.min() < 0 or places.max() >= len(self)):
+            raise ValueError(f"slots must lie in 0 to {len(self) - 1}, got {places.tolist()}")
+        usable = np.isfinite(errors) & (errors >= 0)
+        if not usable.all():
+            warnings.warn(
+                f"{(~usable).sum()} of {len(errors)} TD errors cannot be priorities: {errors[~usable][:3].tolist()}; "
+                "their episodes keep those they had",
+                stacklevel=2,
+            )
+        if drawn_at is not None:
+            usable &= self.store.numbers(places) < drawn_at
+        self.store.column("priorities")[places[usable]] = errors[usable]
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """Everything as named arrays for a checkpoint, which stay as they are while the buffer goes on."""
+        return self.store.snapshot()
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Replaces the content by what `snapshot` returned; see `EpisodeStore.restore`."""
+        self.store.restore(arrays)
 
     def state_arrays(self) -> dict[str, np.ndarray]:
-        """The whole buffer as a few flat arrays for a checkpoint: `load_arrays` gives back an equal buffer."""
-        rows = self._rows
-        return {
-            "added": np.array([self.added], dtype=np.int64),
-            "tokens": _joined([row.tokens for row in rows], np.int32),
-            "lengths": np.array([len(row.tokens) for row in rows], dtype=np.int64),
-            "prompt_lengths": np.array([row.prompt_length for row in rows], dtype=np.int64),
-            "ref_logprobs": _joined([row.ref_logprobs for row in rows], np.float32),
-            "behaviour_logprobs": _joined([row.behaviour_logprobs for row in rows], np.float32),
-            "rewards": self.rewards,
-            "ended": np.array([_ENDED.index(row.ended) for row in rows], dtype=np.uint8),
-            "versions": self.versions,
-            "source": np.array([_SOURCE.index(row.source) for row in rows], dtype=np.uint8),
-            "priorities": self.priorities,
-        }
+        """The whole buffer as a few flat arrays by slot: `load_arrays` gives back an equal buffer.
+
+        (n,) lengths, prompt_lengths, rewards, ended, versions, source, priorities; (sum of lengths,) tokens; (sum of
+        actions,) ref_logprobs, behaviour_logprobs; (1,) added.
+        """
+        return self.store.flat_arrays()
 
     def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
-        """Replaces the content by what `state_arrays` returned."""
-        token_ends = np.cumsum(arrays["lengths"])
-        action_ends = np.cumsum(arrays["lengths"] - arrays["prompt_lengths"])
-        tokens = np.split(arrays["tokens"], token_ends[:-1])
-        ref = np.split(arrays["ref_logprobs"], action_ends[:-1])
-        behaviour = np.split(arrays["behaviour_logprobs"], action_ends[:-1])
-        self._rows = [
-            _Row(
-                tokens=tokens[i],
-                prompt_length=int(arrays["prompt_lengths"][i]),
-                ref_logprobs=ref[i],
-                behaviour_logprobs=behaviour[i],
-                reward=float(arrays["rewards"][i]),
-                ended=_ENDED[int(arrays["ended"][i])],
-                version=int(arrays["versions"][i]),
-                source=_SOURCE[int(arrays["source"][i])],
-                priority=float(arrays["priorities"][i]),
-            )
-            for i in range(len(arrays["lengths"]))
-        ]
-        self.added = int(arrays["added"][0])
-
-
-def _joined(arrays: list[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=dtype)
-
-
-def _row_of(episode: Episode, priority: float) -> _Row:
-    return _Row(
-        tokens=torch.cat([episode.prompt_ids, episode.completion_ids]).numpy().astype(np.int32),
-        prompt_length=len(episode.prompt_ids),
-        ref_logprobs=episode.ref_logprobs.numpy().astype(np.float32),
-        behaviour_logprobs=episode.behaviour_logprobs.numpy().astype(np.float32),
-        reward=float(episode.reward),
-        ended=episode.ended,
-        version=episode.policy_version,
-        source=episode.source,
-        priority=priority,
-    )
+        """Replaces the content by what `state_arrays` returned; the newest that fit where the capacity is another."""
+        self.store.load_flat(arrays)
 
 
 def collate_tokens(prompts: Sequence[Tensor], completions: Sequence[Tensor]) -> TokenBatch:
     """Pads prompts (P,) with completions (T,) on the right and lays the actions out as (B, T)."""
-    size = len(prompts)
-    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    longest = max(len(completion) for completion in completions)
-    input_ids = torch.zeros(size, max(lengths), dtype=torch.int64)
-    attention_mask = torch.zeros(size, max(lengths), dtype=torch.int64)
-    actions = torch.zeros(size, longest, dtype=torch.int64)
-    action_mask = torch.zeros(size, longest, dtype=torch.bool)
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        input_ids[i, : lengths[i]] = torch.cat([prompt, completion])
-        attention_mask[i, : lengths[i]] = 1
-        actions[i, : len(completion)] = completion
-        action_mask[i, : len(completion)] = True
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-    return TokenBatch(input_ids, attention_mask, prompt_lengths, actions, action_mask)
+    pairs = list(zip(prompts, completions, strict=True))
+    tokens = torch.cat([part for pair in pairs for part in pair]).numpy()
+    prompt_lengths = np.array([len(prompt) for prompt, _ in pairs])
+    return _lay_out(tokens, prompt_lengths, prompt_lengths + np.array([len(completion) for _, completion in pairs]))
+
+
+def _lay_out(tokens: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> TokenBatch:
+    """One padded batch of episodes whose `tokens` lie one behind the other."""
+    places = np.arange(lengths.max())
+    real = places < lengths[:, None]
+    input_ids = np.zeros(real.shape, np.int64)
+    input_ids[real] = tokens
+    action_lengths = lengths - prompt_lengths
+    action_mask = places[: action_lengths.max()] < action_lengths[:, None]
+    actions = np.zeros(action_mask.shape, np.int64)
+    actions[action_mask] = input_ids[real & (places >= prompt_lengths[:, None])]
+    as_tensor = torch.from_numpy
+    return TokenBatch(
+        input_ids=as_tensor(input_ids),
+        attention_mask=as_tensor(real.astype(np.int64)),
+        prompt_lengths=as_tensor(prompt_lengths.astype(np.int64)),
+        actions=as_tensor(actions),
+        action_mask=as_tensor(action_mask),
+    )

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "llm_dqn"
 LAYERS = """
 __main__
 cli
-doctor preflight inference
+doctor preflight inference merge
 trainer
 inputs
 assembly logbook
