@@ -103,17 +103,31 @@ def base_model_of(recipe: Recipe) -> PreTrainedModel:
 def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, held-out prompts) of a recipe."""
     facts = recipe.data
-    load = partial(
-        data.load_prompts,
+    prompts = _load_prompts(recipe, facts.train, facts.split, tokenizer)
+    if facts.eval or facts.eval_split:
+        split = facts.eval_split or facts.split
+        return prompts, _load_prompts(recipe, facts.eval or facts.train, split, tokenizer)
+    return held_out(prompts, recipe.train.seed)
+
+
+def prompts_of_test_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The test prompts of a recipe, which no run looks at. Raises UserError where it names none."""
+    facts = recipe.data
+    if not (facts.test or facts.test_split):
+        raise UserError("the recipe names no test prompts (data.test and data.test_split are null); give --prompts FILE")
+    return _load_prompts(recipe, facts.test or facts.train, facts.test_split or facts.split, tokenizer)
+
+
+def _load_prompts(recipe: Recipe, source: str, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    facts = recipe.data
+    return data.load_prompts(
+        source,
+        split=split,
         prompt_column=facts.prompt_column,
         tokenizer=tokenizer,
         max_prompt_length=facts.max_prompt_length,
         too_long=facts.too_long,
     )
-    prompts = load(facts.train, split=facts.split)
-    if facts.eval or facts.eval_split:
-        return prompts, load(facts.eval or facts.train, split=facts.eval_split or facts.split)
-    return held_out(prompts, recipe.train.seed)
 
 
 def held_out(prompts: list[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -6,8 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -15,6 +14,8 @@ from llm_dqn.errors import RunError, UserError
 from llm_dqn.terminal import HarmlessHandler, harmless
 
 app = typer.Typer(
+T = TypeVar("T", int, float)
+
     help="Deep Q-learning that fine-tunes a language model against a reward. Begin with: llm-dqn train quickstart",
     no_args_is_help=True,
     add_completion=False,
@@ -115,19 +116,33 @@ def evaluate(
         list[str] | None, typer.Option(help="Reward as in a recipe, again for each; a run folder knows its own.")
     ] = None,
     max_prompts: Annotated[int | None, typer.Option(min=1, help="Use at most this many prompts.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; a run folder knows its own.")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", "--seed", help="Seeds of the sampling, such as 0,1,2; a run folder knows its own."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="validation (default), test or train prompts of the run; or of --prompts.")
+    ] = None,
+    beta_scales: Annotated[
+        str | None, typer.Option(help="Also measure reward and KL at these strengths, such as 0.5,1.5,2.")
+    ] = None,
 ) -> None:
     """Measure base against tuned on held-out prompts."""
     _look_for_the_hub([*_sources_behind(run), *(rewards or ())])
+    drawn = None if seeds is None else _numbers("--seeds", seeds, int)
+    scales = [] if beta_scales is None else _numbers("--beta-scales", beta_scales, float)
     from llm_dqn.console import Console
     from llm_dqn.evaluation import side_by_side
-    from llm_dqn.inference import evaluate_run
+    from llm_dqn.inference import evaluate_run, keep_strength
 
     _hush()
     report, pairs = evaluate_run(
         run, prompts=prompts, output=output, reward_specs=rewards or (), seed=seed, max_prompts=max_prompts
     )
-    Console().final_table(report["base"], report["tuned"], report["win_rate"], side_by_side(pairs))
+    Console().evaluation(report, side_by_side(pairs))
+    kept = keep_strength(run, report) if scales else None
+    if kept:
+        _say(f"the curve is in {kept} now, and `llm-dqn report {run}` draws it")
 
 
 @recipes_app.callback()
@@ -195,6 +210,15 @@ def _look_for_the_hub(names: Iterable[str], recipe_dir: Path | None = None) -> N
 
     if keep_to_cache_when_offline(names, recipe_dir):
         _say("the Hugging Face Hub is out of reach: only what is in its cache can be opened", err=True)
+
+
+def _numbers(option: str, text: str, kind: type[T]) -> list[T]:
+    """'0,1,2' as numbers. UserError where one is not."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{option} {text}: expected {what} with commas between, such as 0,1,2") from error
 
 
 def _sources_behind(run: str) -> list[str]:

@@ -43,7 +43,12 @@ COMPARED = (
     ("kl", "KL from base, nats/token", ".3f"),
     ("perplexity", "perplexity under the base", ".1f"),
     ("length", "length, tokens", ".1f"),
+    ("distinct_1", "distinct tokens", ".3f"),
     ("distinct_2", "distinct pairs of tokens", ".3f"),
+    ("bleu", "BLEU, sampled", ".1f"),
+    ("bleu_greedy", "BLEU, greedy", ".1f"),
+    ("wer", "word error rate, sampled", ".3f"),
+    ("wer_greedy", "word error rate, greedy", ".3f"),
 )
 
 
@@ -170,6 +175,17 @@ class Console:
         if samples:
             self.rich.print(self._side_by_side(samples))
 
+    def evaluation(self, report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Everything in `evaluation.json`: the table, each seed's reward, the strength curve, what there is to say."""
+        self.final_table(report["base"], report["tuned"], report["win_rate"], samples)
+        for number, seed in enumerate(report["seeds"] if "reward_by_seed" in report["base"] else ()):
+            means = [form(report[side]["reward_by_seed"][number], ".3f") for side in ("base", "tuned")]
+            self.say(f"  seed {seed}: reward {means[0]} before, {means[1]} after")
+        if "strength" in report and self.enabled:
+            self.rich.print(_strength_table(report["strength"]))
+        for note in report.get("notes", ()):
+            self.say(f"note: {note}")
+
     def _side_by_side(self, samples: Sequence[Mapping[str, Any]]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_lines=True, expand=True)
         for name in ("prompt", "base model writes", "tuned model writes"):
@@ -200,6 +216,16 @@ class Console:
             f"  llm-dqn generate {typed} --prompts FILE --output FILE    let it write\n"
             f"  llm-dqn evaluate {typed}    measure it again"
         )
+
+
+def _strength_table(points: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="how far to follow what was learned", box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("--beta-scale", "reward (95 %)", "KL from base, nats/token"):
+        table.add_column(name, justify="right")
+    for point in points:
+        named = {0.0: "0, the base", 1.0: "1, as tuned"}.get(point["beta_scale"], f"{point['beta_scale']:g}")
+        table.add_row(named, _with_interval(point, "reward", ".3f"), form(point["kl"], ".3f"))
+    return table
 
 
 def form(value: Any, spec: str) -> str:

@@ -1,7 +1,9 @@
 """How good a policy is on held-out prompts, and how far it went from the base to get there."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,59 +11,138 @@ import torch
 from torch import Tensor
 
 from llm_dqn.policy import BehaviourPolicy
+from llm_dqn.references import against_references, references_of, what_is_missing
 from llm_dqn.replay import collate_tokens
 from llm_dqn.rewards import Rewards
 from llm_dqn.rollout import Writer, rollout
 from llm_dqn.statistics import bootstrap_interval, distinct_n
+from llm_dqn.strength import ScaledAdvantage
 from llm_dqn.types import Episode, Prompt
 
-Score = Callable[[list[Episode]], list[Episode]]  # fills in rewards; drops episodes on which every reward abstained
+Pair = tuple[Episode, Episode]  # (base, tuned) of the same prompt and seed
+Judge = Callable[[list[Episode]], list[Episode | None]]  # fills in rewards; None where every reward abstained
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One policy's figures and the sampled completions behind them."""
+    """One policy's figures, ready for JSON, and the sampled completions behind them.
+
+    written: seed after seed, the prompts in their order. judged: the same with rewards, None where all abstained.
+    """
 
     figures: dict[str, Any]
-    episodes: list[Episode]
+    written: list[Episode]
+    judged: list[Episode | None]
 
 
-def measure(writer: Writer, prompts: Sequence[Prompt], score: Score, seed: int, base: bool = False) -> Measured:
-    """One sampled and one greedy completion a prompt by the tuned policy, or by the untouched base model.
+def measure(
+    writer: Writer, prompts: Sequence[Prompt], judge: Judge, seeds: Sequence[int], base: bool = False
+) -> Measured:
+    """One sampled completion a prompt and seed, and a greedy one a prompt, by the tuned policy or the untouched base.
 
     Figures: `reward` (mean of sampled), `reward_ci` (95 %, bootstrap over prompts), `reward_greedy`, `kl` (nats a
     token, exact over the vocabulary, on the sampled completions), `perplexity` (of the sampled completions under the
-    base), `length` (tokens), `distinct_2`, `prompts`.
+    base), `length` (tokens), `distinct_1`, `distinct_2`, `prompts`. With several seeds `reward_by_seed`; where rewards
+    abstained `abstained`, sampled completions without any; where the data has references `bleu`, `wer` of the sampled
+    and `bleu_greedy`, `wer_greedy` of the greedy completions. None where there is nothing to average.
     """
     exploring = 1.0 if base else 0.0  # an epsilon of 1 over the prior is the base model itself
-    episodes = score(rollout(writer, prompts, BehaviourPolicy(epsilon=exploring), seed))
-    greedy = score(rollout(writer, prompts, BehaviourPolicy(epsilon=exploring, temperature=0.0), seed))
-    rewards = np.array([episode.reward for episode in episodes])
-    figures = {
-        "reward": _mean(rewards),
-        "reward_ci": bootstrap_interval(rewards),
-        "reward_greedy": _mean(np.array([episode.reward for episode in greedy])),
-        "kl": 0.0 if base else mean_kl(writer, episodes),
-        "perplexity": perplexity([episode.ref_logprobs for episode in episodes]),
-        "length": _mean(np.array([len(episode.completion_ids) for episode in episodes])),
-        "distinct_2": distinct_n([episode.completion_ids.tolist() for episode in episodes], 2),
+    written = [e for seed in seeds for e in rollout(writer, prompts, BehaviourPolicy(epsilon=exploring), seed)]
+    greedy = rollout(writer, prompts, BehaviourPolicy(epsilon=exploring, temperature=0.0), seeds[0])
+    judged = judge(written)
+    rewards = _rewards(judged)
+    ids = [episode.completion_ids.tolist() for episode in written]
+    reward, interval = mean_and_interval(rewards, prompt_numbers(prompts, len(seeds)))
+    figures: dict[str, Any] = {
+        "reward": reward,
+        "reward_ci": interval,
+        "reward_greedy": _mean(_rewards(judge(greedy))),
+        "kl": 0.0 if base else mean_kl(writer, written),
+        "perplexity": perplexity([episode.ref_logprobs for episode in written]),
+        "length": _mean([len(row) for row in ids]),
+        "distinct_1": distinct_n(ids, 1),
+        "distinct_2": distinct_n(ids, 2),
         "prompts": len(prompts),
+        **_by_reference(written),
+        **{f"{name}_greedy": value for name, value in _by_reference(greedy).items()},
     }
-    return Measured(figures, episodes)
+    if len(seeds) > 1:
+        figures["reward_by_seed"] = [
+            _mean(rewards[start : start + len(prompts)]) for start in range(0, len(rewards), len(prompts))
+        ]
+    if None in judged:
+        figures["abstained"] = judged.count(None)
+    return Measured({name: _finite(value) for name, value in figures.items()}, written, judged)
 
 
 def base_and_tuned(
-    writer: Writer, prompts: Sequence[Prompt], score: Score, seed: int
-) -> tuple[dict[str, Any], list[tuple[Episode, Episode]]]:
-    """The contents of `evaluation.json`, and both policies' completions of the same prompts, (base, tuned)."""
-    base = measure(writer, prompts, score, seed, base=True)
-    tuned = measure(writer, prompts, score, seed)
-    of_base = {str(episode.prompt): episode for episode in base.episodes}
-    pairs = [(of_base[str(e.prompt)], e) for e in tuned.episodes if str(e.prompt) in of_base]
-    return {"base": base.figures, "tuned": tuned.figures, "win_rate": win_rate(pairs)}, pairs
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    seeds: Sequence[int],
+    split: str = "validation",
+    scales: Sequence[float] = (),
+    scale_prompts: int | None = None,
+) -> tuple[dict[str, Any], list[Pair]]:
+    """The contents of `evaluation.json`, and both policies' completions of the same prompts, (base, tuned).
+
+    scales: strengths at which the tuned policy is measured as well, `scale_prompts` prompts at most.
+    """
+    base = measure(writer, prompts, judge, seeds, base=True)
+    tuned = measure(writer, prompts, judge, seeds)
+    pairs = list(zip(base.judged, tuned.judged, strict=True))
+    wins = [None if b is None or t is None else win(b, t) for b, t in pairs]
+    share, interval = mean_and_interval(wins, prompt_numbers(prompts, len(seeds)))
+    report: dict[str, Any] = {
+        "base": base.figures,
+        "tuned": tuned.figures,
+        "win_rate": share,
+        "win_rate_ci": interval,
+        "seeds": list(seeds),
+        "split": split,
+    }
+    if scales:
+        few = len(prompts) if scale_prompts is None else min(scale_prompts, len(prompts))
+        known = {0.0: _first_prompts(base, len(prompts), few), 1.0: _first_prompts(tuned, len(prompts), few)}
+        report["strength"] = strength_curve(writer, prompts[:few], judge, seeds, scales, known)
+    notes = [*what_is_missing([prompt.columns for prompt in prompts]), *_abstentions(base, tuned)]
+    if notes:
+        report["notes"] = notes
+    return report, [(b, t) for b, t in pairs if b is not None and t is not None]
 
 
-def side_by_side(pairs: Sequence[tuple[Episode, Episode]], count: int = 4) -> list[dict[str, Any]]:
+Written = tuple[list[Episode], list[Episode | None]]  # (as written, as judged)
+
+
+def strength_curve(
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    seeds: Sequence[int],
+    scales: Sequence[float],
+    known: dict[float, Written],
+) -> list[dict[str, Any]]:
+    """Reward against distance from the base: `beta_scale`, `reward`, `reward_ci`, `kl` for each strength, in order.
+
+    known: completions that are there already, of the base model (0) and the tuned one (1); both are always points.
+    kl: of the policy at that strength to the base, at the states it visited, nats a token, exact over the vocabulary.
+    """
+    numbers = prompt_numbers(prompts, len(seeds))
+    points = []
+    for scale in sorted({*map(float, scales), *known}):
+        if scale in known:
+            written, judged = known[scale]
+        else:
+            extra = partial(ScaledAdvantage, writer.network, scale)
+            written = [e for seed in seeds for e in rollout(writer, prompts, BehaviourPolicy(), seed, extra=extra)]
+            judged = judge(written)
+        reward, interval = mean_and_interval(_rewards(judged), numbers)
+        kl = 0.0 if scale == 0 else mean_kl(writer, written, scale)
+        points.append({"beta_scale": scale, "reward": reward, "reward_ci": interval, "kl": kl})
+    return points
+
+
+def side_by_side(pairs: Sequence[Pair], count: int = 4) -> list[dict[str, Any]]:
     """The first `count` (base, tuned) pairs as `prompt`, `base`, `base_reward`, `tuned`, `tuned_reward`."""
     return [
         {
@@ -75,8 +156,8 @@ def side_by_side(pairs: Sequence[tuple[Episode, Episode]], count: int = 4) -> li
     ]
 
 
-def judged(rewards: Rewards, episodes: Sequence[Episode]) -> list[Episode]:
-    """Episodes with what the rewards say of them; those on which every reward abstained are left out."""
+def judged_in_place(rewards: Rewards, episodes: Sequence[Episode]) -> list[Episode | None]:
+    """Episodes with what the rewards say of them, None where every reward abstained."""
     results = rewards.score(
         prompts=[episode.prompt for episode in episodes],
         completions=[episode.completion for episode in episodes],
@@ -84,15 +165,34 @@ def judged(rewards: Rewards, episodes: Sequence[Episode]) -> list[Episode]:
         completion_ids=[episode.completion_ids.tolist() for episode in episodes],
     )
     return [
-        replace(episode, reward=result.total, rewards=result.each)
+        None if result.total is None else replace(episode, reward=result.total, rewards=result.each)
         for episode, result in zip(episodes, results, strict=True)
-        if result.total is not None
     ]
 
 
-def win_rate(pairs: Sequence[tuple[Episode, Episode]]) -> float:
-    """Share of (base, tuned) pairs in which the tuned completion scored higher; ties count half."""
-    return _mean(np.array([float(t.reward > b.reward) + 0.5 * float(t.reward == b.reward) for b, t in pairs]))
+def judged(rewards: Rewards, episodes: Sequence[Episode]) -> list[Episode]:
+    """The same without those on which every reward abstained."""
+    return [episode for episode in judged_in_place(rewards, episodes) if episode is not None]
+
+
+def win(b: Episode, t: Episode) -> float:
+    """1 where the tuned completion scored higher than the base's, 0 where lower, a half for a tie."""
+    return float(t.reward > b.reward) + 0.5 * float(t.reward == b.reward)
+
+
+def prompt_numbers(prompts: Sequence[Prompt], seeds: int) -> list[int]:
+    """For each completion, seed after seed, the number of its prompt; equal texts have one number."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(prompt.text, len(numbers)) for prompt in prompts] * seeds
+
+
+def mean_and_interval(
+    values: Sequence[float | None], numbers: Sequence[int]
+) -> tuple[float | None, list[float] | None]:
+    """Mean and 95 % interval over prompts of the values that are there; `numbers` as of `prompt_numbers`."""
+    there = [(value, number) for value, number in zip(values, numbers, strict=True) if value is not None]
+    known = np.array([value for value, _ in there])
+    return _mean(list(known)), bootstrap_interval(known, [number for _, number in there])
 
 
 def perplexity(logprobs: Sequence[Tensor]) -> float:
@@ -100,17 +200,50 @@ def perplexity(logprobs: Sequence[Tensor]) -> float:
     return float(torch.cat(list(logprobs)).double().mean().neg().exp()) if logprobs else float("nan")
 
 
-def mean_kl(writer: Writer, episodes: Sequence[Episode]) -> float:
-    """Mean over tokens of KL(pi || pi_ref) at the states visited, nats."""
+def mean_kl(writer: Writer, episodes: Sequence[Episode], scale: float = 1.0) -> float:
+    """Mean over tokens of KL(pi || pi_ref) at the states visited, nats; pi at the strength `scale`."""
     total, count = 0.0, 0
     for start in range(0, len(episodes), writer.batch_size):
         part = episodes[start : start + writer.batch_size]
         tokens = collate_tokens([e.prompt_ids for e in part], [e.completion_ids for e in part])
         tokens = tokens.to(writer.network.device)
-        total += float(writer.network.kl(tokens).sum())
+        total += float(writer.network.kl(tokens, scale).sum())
         count += int(tokens.action_mask.sum())
     return total / max(count, 1)
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+def _first_prompts(measured: Measured, prompts: int, few: int) -> Written:
+    """The completions of the first `few` of so many prompts, for every seed."""
+    chosen = [index for index in range(len(measured.written)) if index % prompts < few]
+    return [measured.written[index] for index in chosen], [measured.judged[index] for index in chosen]
+
+
+def _by_reference(episodes: Sequence[Episode]) -> dict[str, float]:
+    references = references_of([episode.columns for episode in episodes])
+    return against_references([episode.completion for episode in episodes], references)
+
+
+def _abstentions(base: Measured, tuned: Measured) -> list[str]:
+    """A sentence for each side on which rewards had nothing to say."""
+    notes = []
+    for name, side in (("base", base), ("tuned", tuned)):
+        count, total = side.figures.get("abstained", 0), len(side.written)
+        if count == total:
+            notes.append(f"every reward abstained on all {total} completions of the {name} model: nothing to compare")
+        elif count:
+            notes.append(f"every reward abstained on {count} of {total} completions of the {name} model: left out")
+    return notes
+
+
+def _rewards(episodes: Sequence[Episode | None]) -> list[float | None]:
+    return [None if episode is None else episode.reward for episode in episodes]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are no JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,8 @@
 """Using what was trained: opens a run, an adapter or a plain model, and lets it write or be measured."""
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
 
 from llm_dqn import data, evaluation, models
-from llm_dqn.assembly import FROM_PYTHON, prompts_of, rewards_of, stream_seed
-from llm_dqn.errors import UserError
+from llm_dqn.assembly import FROM_PYTHON, prompts_of, prompts_of_test_split, rewards_of, stream_seed
+from llm_dqn.errors import UserError, did_you_mean
+from llm_dqn.evaluation import Pair
+from llm_dqn.heads import saved_heads
 from llm_dqn.network import QNetwork
 from llm_dqn.opening import locate
 from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.recipe import Recipe, resolve_path
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, rollout
+from llm_dqn.strength import ScaledAdvantage
 from llm_dqn.trainer import EVALUATE
-from llm_dqn.types import Episode, Prompt
+from llm_dqn.types import Prompt
 
+SPLITS = ("validation", "test", "train")
 GIVE = "give --prompts FILE and --rewards file.py:function (or the folder of a reward model)"
 
 
@@ -33,6 +37,7 @@ class OpenRun:
     name: str
     writer: Writer
     recipe: Recipe | None
+    knows_values: bool = False  # False: no heads were saved, so V is 0 and Q the advantage
 
     @property
     def knows_its_task(self) -> bool:
@@ -51,17 +56,24 @@ def open_run(run: str, max_completion_length: int | None = None, batch_size: int
     if named.adapter_config.get("modules_to_save"):
         models.untie_head(model)  # the adapter brings an output layer of its own
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, num_tokens, heads = model.to(device), models.num_valid_tokens(model, tokenizer), named.heads()
+    # Without heads and recipe nothing says what a nat is worth: beta 1 leaves advantages in nats.
+    facts = saved_heads(heads, num_tokens) if heads else {"beta": recipe.dqn.beta if recipe else 1.0}
+    whole = models.load_causal_lm(tuned).to(device) if tuned else model
     network = QNetwork(
-        model.to(device),
-        models.num_valid_tokens(model, tokenizer),
+        model,
+        num_tokens,
         lora=named.adapter,
         target="head",
-        tuned=models.load_causal_lm(tuned).to(device) if tuned else None,
+        tuned=None if named.adapter else whole,
         bf16=recipe.train.bf16 if recipe else False,
+        **facts,
     )
+    if heads is not None:
+        network.load_heads(heads.parent)
     length = max_completion_length or (recipe.rollout.max_completion_length if recipe else 64)
     stop_ids = frozenset(models.stop_token_ids(model, tokenizer))
-    return OpenRun(named.name, Writer(network, tokenizer, stop_ids, length, batch_size), recipe)
+    return OpenRun(named.name, Writer(network, tokenizer, stop_ids, length, batch_size), recipe, heads is not None)
 
 
 def generate_file(
@@ -77,9 +89,10 @@ def generate_file(
     """Writes one completion a prompt of a file as JSON lines `prompt, completion`; returns how many.
 
     beta_scale: strength of what was learned, at inference: log pi_ref + beta_scale (log pi - log pi_ref). 0 is the base
-    model, 1 the tuned one, more goes further.
+    model, 1 the tuned one, more goes further, below 0 it turns away from the reward.
     """
     _check_output(output)
+    _check_finite("--beta-scale", () if beta_scale is None else (beta_scale,))
     opened = open_run(run, max_completion_length)
     rows = _prompts_in(opened, prompts)
     policy = BehaviourPolicy(temperature=0.0 if greedy else 1.0)
@@ -98,28 +111,65 @@ def evaluate_run(
     prompts: str | None = None,
     output: str | None = None,
     reward_specs: Sequence[str] = (),
-    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
     max_prompts: int | None = None,
-) -> tuple[dict[str, Any], list[tuple[Episode, Episode]]]:
+    split: str | None = None,
+    beta_scales: Sequence[float] = (),
+) -> tuple[dict[str, Any], list[Pair]]:
     """Base against tuned on held-out prompts: the contents of `evaluation.json`, and pairs of samples (base, tuned).
 
     What is not given is taken from the run folder; with nothing given, its `evaluation.json` comes out again.
+    seeds: one sampled completion a prompt for each. split: validation, test or train prompts of the run; with `prompts`
+    the split of that data set. beta_scales: strengths at which the tuned policy is measured as well; measured on what
+    the run itself was measured on, the curve goes into its `evaluation.json`.
     """
     if output is not None:
         _check_output(output)
+    _check_finite("--beta-scales", beta_scales)
+    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+        raise UserError(f"--seeds {','.join(map(str, seeds))}: expected different whole numbers")
     opened = open_run(run)
-    rows = _held_out_prompts(opened, prompts)[:max_prompts]
+    rows = _held_out_prompts(opened, prompts, split, max_prompts)
     rewards = _rewards(opened, reward_specs)
     try:
         rewards.check_columns(sorted(rows[0].columns))
-        score = partial(evaluation.judged, rewards)
-        drawn = _seed_of(opened) if seed is None else seed
-        report, pairs = evaluation.base_and_tuned(opened.writer, rows, score, drawn)
+        judge = partial(evaluation.judged_in_place, rewards)
+        drawn = [_seed_of(opened)] if seeds is None else seeds
+        name = split or ("validation" if prompts is None else "train")
+        report, pairs = evaluation.base_and_tuned(opened.writer, rows, judge, drawn, split=name, scales=beta_scales)
     finally:
         rewards.close()
+    elsewhere = {"prompts_from": prompts, "rewards_from": list(reward_specs)}
+    report |= {name: value for name, value in elsewhere.items() if value}
     if output is not None:
-        Path(output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        _write_json(Path(output), report)
     return report, pairs
+
+
+def keep_strength(run: str, report: dict[str, Any]) -> Path | None:
+    """Puts a report's `strength` into the run's `evaluation.json`, whose other keys stay, and returns that file.
+
+    None where it does not belong there: measured on other prompts or by other rewards than the run, or there is none.
+    """
+    file = Path(resolve_path(run)) / "evaluation.json"
+    elsewhere = "prompts_from" in report or "rewards_from" in report or report["split"] != "validation"
+    if elsewhere or "strength" not in report or not file.is_file():
+        return None
+    _write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"strength": report["strength"]})
+    return file
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _check_finite(option: str, scales: Sequence[float]) -> None:
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise UserError(f"{option} {scale}: expected a finite number, such as 0.5 (0 = base model, 1 = tuned)")
 
 
 def _check_output(path: str) -> None:
@@ -130,19 +180,28 @@ def _check_output(path: str) -> None:
         raise UserError(f"--output {path}: the folder {Path(path).parent} does not exist")
 
 
-def _prompts_in(opened: OpenRun, file: str) -> list[Prompt]:
+def _prompts_in(opened: OpenRun, file: str, split: str = "train") -> list[Prompt]:
     column = opened.recipe.data.prompt_column if opened.recipe else "prompt"
-    return data.load_prompts(resolve_path(file), prompt_column=column, tokenizer=opened.writer.tokenizer)
+    return data.load_prompts(resolve_path(file), split=split, prompt_column=column, tokenizer=opened.writer.tokenizer)
 
 
-def _held_out_prompts(opened: OpenRun, file: str | None) -> list[Prompt]:
+def _held_out_prompts(opened: OpenRun, file: str | None, split: str | None, limit: int | None) -> list[Prompt]:
+    """The prompts of a file, all of them, or those of the run, as many as it evaluates on; at most `limit` if given."""
     if file is not None:
-        return _prompts_in(opened, file)
+        return _prompts_in(opened, file, split or "train")[:limit]
     if opened.recipe is None:
         raise UserError(f"{opened.name} is no run folder, so it names no held-out prompts; give --prompts FILE")
     if not opened.knows_its_task:
         raise UserError(f"{opened.name} was trained from Python on data that cannot be found again; {GIVE}")
-    return prompts_of(opened.recipe, opened.writer.tokenizer)[1][: opened.recipe.train.final_eval_prompts]
+    split = split or "validation"
+    if split not in SPLITS:
+        known = ", ".join(SPLITS)
+        raise UserError(f"--split {split}: a run has the splits {known}{did_you_mean(split, SPLITS)}")
+    if split == "test":
+        prompts = prompts_of_test_split(opened.recipe, opened.writer.tokenizer)
+    else:
+        prompts = prompts_of(opened.recipe, opened.writer.tokenizer)[split == "validation"]
+    return prompts[: limit or opened.recipe.train.final_eval_prompts]
 
 
 def _rewards(opened: OpenRun, specs: Sequence[str]) -> Rewards:
@@ -158,35 +217,3 @@ def _rewards(opened: OpenRun, specs: Sequence[str]) -> Rewards:
 def _seed_of(opened: OpenRun) -> int:
     """The seed that the run itself evaluated with."""
     return stream_seed(opened.recipe.train.seed, EVALUATE, 0) if opened.recipe else 0
-
-
-class ScaledAdvantage(LogitsProcessor):
-    """log pi_ref + scale (log pi - log pi_ref), token by token: how far to follow Q is chosen while writing."""
-
-    def __init__(self, network: QNetwork, scale: float, attention_mask: Tensor) -> None:
-        self.network, self.scale, self._mask = network, scale, attention_mask
-        self._cache: Any = None
-        self._seen = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, rows) -> (B, rows), log-probabilities of the mixture up to a constant."""
-        grown = input_ids.shape[1] - self._mask.shape[1]
-        mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), grown)], dim=1)
-        with self.network.roles.acting_as("reference") as plain:
-            ref_scores = self._reference_scores(plain, input_ids, mask)
-        ref_logprobs = ref_scores.masked_fill(scores.isinf(), float("-inf")).log_softmax(-1)
-        logprobs = scores.float().log_softmax(-1)
-        mixed = ref_logprobs + self.scale * (logprobs - ref_logprobs)
-        return torch.where(scores.isinf(), scores, mixed)
-
-    def _reference_scores(self, plain: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, self._seen :]
-        output = plain(
-            input_ids=input_ids[:, self._seen :],
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._cache, self._seen = output.past_key_values, input_ids.shape[1]
-        return output.logits[:, -1].float()

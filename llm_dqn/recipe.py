@@ -82,7 +82,8 @@ class Recipe(Section):
     @property
     def sources(self) -> list[str]:
         """Models, data and rewards, as they were typed."""
-        named = [self.model.model_name_or_path, self.data.train, self.data.eval, *(self.reward.funcs or ())]
+        data = self.data
+        named = [self.model.model_name_or_path, data.train, data.eval, data.test, *(self.reward.funcs or ())]
         return [name for name in named if name is not None]  # a partly parsed recipe may hold None
 
     def writes(self, key: str) -> bool:
@@ -269,7 +270,9 @@ def with_resolved_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"model_name_or_path": found(recipe.model.model_name_or_path)}),
-            "data": recipe.data.model_copy(update={"train": found(recipe.data.train), "eval": found(recipe.data.eval)}),
+            "data": recipe.data.model_copy(
+                update={name: found(getattr(recipe.data, name)) for name in ("train", "eval", "test")}
+            ),
             "reward": recipe.reward.model_copy(update={"funcs": funcs}),
             "replay": recipe.replay.model_copy(update={"warm_start": found(recipe.replay.warm_start)}),
         }

@@ -72,6 +72,13 @@ class DataSection(Section):
     prompt_column: Text = Field(
         default="prompt", description="Column with the prompt: text or a list of chat messages."
     )
+    test: Text | None = Field(
+        default=None,
+        description="Prompts that `evaluate --split test` measures on; null = test_split of train, or none.",
+    )
+    test_split: Text | None = Field(
+        default=None, description="Split of `test` (of `train` when test is null); null = the same name as split."
+    )
     max_prompt_length: Annotated[Int, Field(ge=1)] = Field(
         default=512, description="Longest prompt allowed, in tokens."
     )
@@ -277,5 +284,9 @@ class TrainSection(Section):
     save_total_limit: Annotated[Int, Field(ge=1)] | None = Field(default=3, description="Checkpoints kept; null = all.")
     report_to: Text | list[Text] = Field(
         default="none", description="none, or trackers besides metrics.jsonl: tensorboard, wandb, trackio ..."
+    )
+    final_beta_scales: list[Float] = Field(
+        default_factory=list,
+        description="Strengths besides 0 (base) and 1 (tuned) measured after training, on 64 held-out prompts at most.",
     )
     run_name: Text | None = Field(default=None, description="Name shown by trackers; null = name of output_dir.")

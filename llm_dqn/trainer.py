@@ -31,6 +31,7 @@ from llm_dqn.signals import StopRequest
 from llm_dqn.types import Episode, PrefixBatch, TDTarget
 
 COLLECT, REPLAY, EVALUATE = 1, 2, 3  # names of the random streams
+CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
 
 
@@ -237,9 +238,10 @@ class DQNTrainer:
         if args.eval_steps and self.step % args.eval_steps == 0:
             verify_generator(self.parts.writer, self.parts.eval_prompts)
             prompts = self.parts.eval_prompts[: args.eval_prompts]
-            measured = evaluation.measure(self.parts.writer, prompts, self._judge, self.seed_for(EVALUATE))
-            self.logbook.add("eval/reward", measured.figures["reward"])
-            self.logbook.add("eval/reward_greedy", measured.figures["reward_greedy"])
+            measured = evaluation.measure(self.parts.writer, prompts, self._judge, [self.seed_for(EVALUATE)])
+            for name in ("reward", "reward_greedy"):
+                if measured.figures[name] is not None:
+                    self.logbook.add(f"eval/{name}", measured.figures[name])
         if self.step % args.logging_steps == 0 or last:
             kl = self.network.kl(batches[-1].tokens).sum() / batches[-1].action_mask.sum()
             facts = {"rollout/epsilon": self.epsilon, "replay/episodes": len(self.replay), "train/kl": float(kl)}
@@ -251,12 +253,15 @@ class DQNTrainer:
         """Base against tuned on the held-out prompts; written to `evaluation.json` and shown."""
         prompts = self.parts.eval_prompts[: self.args.final_eval_prompts]
         self.logbook.say(f"measuring base and tuned model on {len(prompts)} held-out prompts ...")
-        report, pairs = evaluation.base_and_tuned(self.parts.writer, prompts, self._judge, self.seed_for(EVALUATE))
+        seeds, scales = [self.seed_for(EVALUATE)], self.args.final_beta_scales
+        report, pairs = evaluation.base_and_tuned(
+            self.parts.writer, prompts, self._judge, seeds, scales=scales, scale_prompts=CURVE_PROMPTS
+        )
         self.logbook.finished(report, pairs)
         return report
 
-    def _judge(self, episodes: list[Episode]) -> list[Episode]:
-        return evaluation.judged(self.parts.rewards, episodes)
+    def _judge(self, episodes: list[Episode]) -> list[Episode | None]:
+        return evaluation.judged_in_place(self.parts.rewards, episodes)
 
     def save_model(self, output_dir: str | None = None) -> Path:
         """Writes `adapter/`, which opens in plain PEFT (`model/` when all weights were tuned); returns the folder."""

@@ -191,12 +191,12 @@ def test_evaluate_shows_figures_and_samples(
     told: dict = {}
     side = {"reward": 0.25, "reward_ci": [0.2, 0.3]}
     pairs = [(replace(episode([1], [2], 0.25), completion="bad"), replace(episode([1], [2], 0.75), completion="good"))]
-    report = {"base": side, "tuned": side | {"reward": 0.75}, "win_rate": 0.9}
+    report = {"base": side, "tuned": side | {"reward": 0.75}, "win_rate": 0.9, "seeds": [3], "split": "validation"}
     monkeypatch.setattr(
         "llm_dqn.inference.evaluate_run", lambda run, **options: told.update(options, run=run) or (report, pairs)
     )
     assert run("evaluate", "runs/x", "--rewards", "a.py:f", "--rewards", "b.py:g") == 0
-    assert (told["run"], told["reward_specs"], told["seed"]) == ("runs/x", ["a.py:f", "b.py:g"], None)
+    assert (told["run"], told["reward_specs"], told["seeds"]) == ("runs/x", ["a.py:f", "b.py:g"], None)
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("0.250", "0.750", "90%", "bad", "good"))
 

@@ -13,10 +13,11 @@ from datasets import Dataset
 
 from llm_dqn import DQNConfig, DQNTrainer
 from llm_dqn.errors import UserError
-from llm_dqn.inference import OpenRun, ScaledAdvantage, evaluate_run, generate_file, open_run
+from llm_dqn.inference import OpenRun, evaluate_run, generate_file, open_run
 from llm_dqn.policy import BehaviourPolicy, greedy
 from llm_dqn.recipe import parse_recipe
 from llm_dqn.rollout import Writer, rollout
+from llm_dqn.strength import ScaledAdvantage
 from tests.networks import lora, prompts, shake
 
 ROWS = [{"prompt": f"the film was {number}", "wanted": "e"} for number in range(12)]
@@ -245,7 +246,7 @@ def test_evaluating_a_run_again_gives_its_evaluation_again(
     assert _close(again, report)
     assert json.loads((tmp_path / "again.json").read_text()) == again
     assert len(pairs) == report["tuned"]["prompts"] == 2  # a fifth of twelve is held out
-    others = evaluate_run(str(tmp_path / "run"), seed=5)[1]
+    others = evaluate_run(str(tmp_path / "run"), seeds=[5])[1]
     assert [tuned.completion for _, tuned in others] != [tuned.completion for _, tuned in pairs]
     assert evaluate_run(str(tmp_path / "run"), max_prompts=1)[0]["tuned"]["prompts"] == 1
 
