@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     """The input was fine and the run failed all the same; the command line exits with 1."""
 
 
+class StepFailed(RunError):
+    """A step could not be finished, and everything before it is whole: it can be saved and tried again."""
+
+
 class NotReachable(UserError):
     """Something that lies on the Hub cannot be had now: not in the cache, and no connection (or no such repository)."""
 

@@ -6,13 +6,13 @@ from typing import TypeVar
 
 import torch
 
-from llm_dqn.errors import RunError
+from llm_dqn.errors import StepFailed
 
 T = TypeVar("T")
 _SAYINGS = ("out of memory", "can't allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")  # what torch's allocators say
 
 
-class OutOfMemory(RunError):
+class OutOfMemory(StepFailed):
     """Even half of the rows at a time were too many."""
 
 

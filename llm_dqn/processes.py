@@ -21,13 +21,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from llm_dqn.errors import RunError, UserError
+from llm_dqn.errors import RunError, StepFailed, UserError
 from llm_dqn.signals import Stopped
 
 T = TypeVar("T")
 PERIOD = 0.3  # seconds between two looks at the others
 GRACE = 10.0  # seconds that a process has to end by itself once another one failed
 _FAILURE = "failure"
+_KINDS: dict[str, type[Exception]] = {"UserError": UserError, "StepFailed": StepFailed, "RunError": RunError}
+Failure = tuple[str, str]  # (one of _KINDS, message)
 
 
 class Processes:
@@ -40,7 +42,7 @@ class Processes:
         self.rank, self.world, self.device = rank, world, device
         self._store: dist.Store | None = None
         self._places: list[str] = []  # "host pid" of every process
-        self._known: tuple[bool, str] | None = None  # (the user's fault, message) of the first failure
+        self._known: Failure | None = None  # the first one, wherever it was
         self._agreed = False
         self._over = threading.Event()
 
@@ -73,7 +75,7 @@ class Processes:
         if self.world == 1:
             return work()
         result: Any = None
-        failure: tuple[bool, str] | None = None
+        failure: Failure | None = None
         try:
             result = work()
         except Exception as error:
@@ -112,7 +114,7 @@ class Processes:
             try:
                 self._look()
             except RuntimeError:  # the store is gone, and process 0 with it
-                self._known = self._known or (False, self._missing(0))
+                self._known = self._known or ("RunError", self._missing(0))
             if self._known is None or self._agreed:
                 continue
             noticed = noticed or time.monotonic()
@@ -128,7 +130,7 @@ class Processes:
         for rank, place in enumerate(self._places):
             host, pid = place.rsplit(" ", 1)
             if host == here and not _exists(int(pid)) and not self._store.check([f"left {rank}"]):
-                self._known = self._publish(False, self._missing(rank))
+                self._known = self._publish("RunError", self._missing(rank))
 
     def _end(self) -> None:
         """Ends this process from outside its main thread, which waits for one that will not come."""
@@ -136,7 +138,7 @@ class Processes:
         for child in multiprocessing.active_children():
             child.kill()
         print(f"the run failed: {self._known[1]}", file=sys.stderr, flush=True)
-        os._exit(2 if self._known[0] else 1)
+        os._exit(2 if self._known[0] == "UserError" else 1)
 
     def _leave(self) -> None:
         """Says goodbye; process 0 stays until the others have had time to read why it goes."""
@@ -159,34 +161,35 @@ class Processes:
         self._known = self._known or self._post(error)
         return _error_of(self._known)
 
-    def _awaited(self) -> tuple[bool, str] | None:
+    def _awaited(self) -> Failure | None:
         """The failure of another process; a broken connection is noticed a little before its reason is."""
         deadline = time.monotonic() + 4 * PERIOD
         while self._known is None and time.monotonic() < deadline:
             time.sleep(PERIOD / 4)
         return self._known
 
-    def _post(self, error: Exception) -> tuple[bool, str]:
+    def _post(self, error: Exception) -> Failure:
         if not isinstance(error, UserError | RunError):
             traceback.print_exception(error)
-        text = str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}"
-        return self._publish(isinstance(error, UserError), f"process {self.rank} of {self.world}: {text}")
+        kind = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None)
+        text = str(error) if kind else f"{type(error).__name__}: {error}"
+        return self._publish(kind or "RunError", f"process {self.rank} of {self.world}: {text}")
 
-    def _publish(self, user: bool, message: str) -> tuple[bool, str]:
+    def _publish(self, kind: str, message: str) -> Failure:
         """Posts a failure unless there is one; returns the one that stands."""
-        mine = json.dumps([user, message])
+        mine = json.dumps([kind, message])
         try:
             assert self._store is not None
             return tuple(json.loads(self._store.compare_set(_FAILURE, "", mine)))  # type: ignore[return-value]
         except RuntimeError:  # process 0 took the store with it
-            return user, message
+            return kind, message
 
     def _missing(self, rank: int) -> str:
         return f"process {rank} of {self.world} was ended from outside (killed, or memory ran out)"
 
 
-def _error_of(failure: tuple[bool, str]) -> Exception:
-    return (UserError if failure[0] else RunError)(failure[1])
+def _error_of(failure: Failure) -> Exception:
+    return _KINDS[failure[0]](failure[1])
 
 
 def _exists(pid: int) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llm_dqn.errors import RunError, UserError
+from llm_dqn.errors import StepFailed, UserError
 from llm_dqn.isolation import undisturbed
 from llm_dqn.reward_functions import RewardFunction, load_reward
 from llm_dqn.reward_model import RewardModel
@@ -42,7 +42,7 @@ _RESERVED = {
 }
 
 
-class RewardError(RunError):
+class RewardError(StepFailed):
     """A reward function failed, and the rule for that is to stop."""
 
 
@@ -117,11 +117,11 @@ class Rewards:
             )
         return Worker(function.location, self.timeout)
 
-    def check_columns(self, columns: Sequence[str]) -> None:
+    def check_columns(self, columns: Sequence[str], table: str = "the data") -> None:
         """`UserError` if a function needs an argument that is no column of the data."""
         arguments = _arguments([""], [""], [dict.fromkeys(columns)], None)
         for function in self.functions:
-            function.select(arguments)
+            function.select(arguments, table)
 
     def score(
         self,

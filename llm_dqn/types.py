@@ -54,6 +54,10 @@ class TokenBatch:
         """The same batch on another device."""
         return TokenBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
+    def __getitem__(self, rows: slice) -> "TokenBatch":
+        """Some of the episodes."""
+        return TokenBatch(**{name: value[rows] for name, value in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class PrefixBatch:
@@ -73,6 +77,15 @@ class PrefixBatch:
     def to(self, device: Any) -> "PrefixBatch":
         """The same batch on another device."""
         return PrefixBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def split(self, rows: int) -> list["PrefixBatch"]:
+        """The same episodes, at most `rows` of them at a time."""
+        if rows >= len(self.slots):
+            return [self]
+        starts = range(0, len(self.slots), rows)
+        return [
+            PrefixBatch(**{name: value[start : start + rows] for name, value in vars(self).items()}) for start in starts
+        ]
 
 
 @dataclass(frozen=True)
