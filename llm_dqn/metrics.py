@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object
@@ -35,6 +36,7 @@ class MetricsLog:
         self.main = accelerator is None or accelerator.is_main_process
         self._means: dict[str, tuple[Tensor | float, Tensor | float]] = {}  # name -> (sum, how many)
         self._rates: dict[str, tuple[float, float]] = {}  # name -> (units, seconds)
+        self._peaks: dict[str, Tensor | float] = {}  # name -> largest so far
         self._earlier_seconds = 0.0  # spent before the run was resumed
         self._started = time.monotonic()
         self._nonfinite = 0
@@ -54,6 +56,12 @@ class MetricsLog:
         total, spent = self._rates.get(name, (0.0, 0.0))
         self._rates[name] = (total + units, spent + seconds)
 
+    def add_peak(self, name: str, value: Tensor | float) -> None:
+        """The line holds the largest of these values."""
+        if isinstance(value, Tensor):
+            value = value.detach().float()
+        self._peaks[name] = torch.maximum(torch.as_tensor(value), torch.as_tensor(self._peaks.get(name, value)))
+
     @property
     def seconds(self) -> float:
         """Wall-clock time since the start, over all resumptions."""
@@ -65,7 +73,7 @@ class MetricsLog:
         NaN and infinity are no JSON: they become null, and `nonfinite_values` counts them from the start of the run.
         """
         values = self._merged() | {name: _number(value) for name, value in (facts or {}).items()}
-        self._means, self._rates = {}, {}
+        self._means, self._rates, self._peaks = {}, {}, {}
         bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         self._nonfinite += len(bad)
         values |= dict.fromkeys(bad)
@@ -80,19 +88,29 @@ class MetricsLog:
             self.accelerator.log({k: v for k, v in line.items() if v is not None and k != "step"}, step=step)
         return line
 
-    def _merged(self) -> dict[str, float]:
-        """Means and rates over all processes."""
-        mine = {
+    def _open(self) -> dict[str, dict[str, Any]]:
+        """What this process added since the last line, as plain numbers."""
+        return {
             "means": {name: (float(total), float(count)) for name, (total, count) in self._means.items()},
-            "rates": self._rates,
+            "rates": dict(self._rates),
+            "peaks": {name: float(value) for name, value in self._peaks.items()},
         }
-        everyone = [mine]
+
+    def _everyone(self) -> list[dict[str, dict[str, Any]]]:
+        """The same of all processes, by rank."""
         if self.accelerator is not None and self.accelerator.num_processes > 1:
-            everyone = gather_object([mine])
-        means, rates = (_summed([part[kind] for part in everyone]) for kind in ("means", "rates"))
+            return gather_object([self._open()])
+        return [self._open()]
+
+    def _merged(self) -> dict[str, float]:
+        """Means, rates and peaks over all processes."""
+        everyone = self._everyone()
+        joined = _joined(everyone)
         # processes work side by side: their seconds overlap
-        return {name: total / count for name, (total, count) in means.items()} | {
-            name: units / max(seconds / len(everyone), 1e-9) for name, (units, seconds) in rates.items()
+        return {
+            **{name: total / count for name, (total, count) in joined["means"].items()},
+            **{name: units / max(secs / len(everyone), 1e-9) for name, (units, secs) in joined["rates"].items()},
+            **joined["peaks"],
         }
 
     def truncate_to(self, step: int) -> None:
@@ -108,31 +126,33 @@ class MetricsLog:
         os.replace(temporary, self.path)
 
     def state(self) -> dict[str, Any]:
-        """What the next line depends on, as plain JSON."""
-        return {
-            "means": {name: [float(total), float(count)] for name, (total, count) in self._means.items()},
-            "rates": {name: list(pair) for name, pair in self._rates.items()},
-            "seconds": self.seconds,
-            "nonfinite": self._nonfinite,
-        }
+        """What the next line depends on, as plain JSON; all processes must ask together."""
+        return {"open": self._everyone(), "seconds": self.seconds, "nonfinite": self._nonfinite}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `state`, which the main process wrote: its open means are its own alone."""
-        if self.main:
-            self._means = {name: (total, count) for name, (total, count) in state["means"].items()}
-            self._rates = {name: (units, seconds) for name, (units, seconds) in state["rates"].items()}
+        """The reverse of `state`. Where the number of processes is another, the main one has what all had."""
+        parts = state["open"]
+        rank, world = (
+            (0, 1) if self.accelerator is None else (self.accelerator.process_index, self.accelerator.num_processes)
+        )
+        mine = parts[rank] if len(parts) == world else _joined(parts if self.main else [])
+        self._means, self._rates = dict(mine["means"]), dict(mine["rates"])
+        self._peaks = dict(mine["peaks"])
         self._earlier_seconds, self._started = state["seconds"], time.monotonic()
         self._nonfinite = state["nonfinite"]
 
 
-def _summed(parts: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
-    """Pairs added by name; a name need not occur on every process."""
-    totals: dict[str, tuple[float, float]] = {}
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What several processes added, as if one had; a name need not occur on every process."""
+    joined: dict[str, dict[str, Any]] = {"means": {}, "rates": {}, "peaks": {}}
     for part in parts:
-        for name, (first, second) in part.items():
-            so_far = totals.get(name, (0.0, 0.0))
-            totals[name] = (so_far[0] + first, so_far[1] + second)
-    return totals
+        for kind in ("means", "rates"):
+            for name, (first, second) in part[kind].items():
+                so_far = joined[kind].get(name, (0.0, 0.0))
+                joined[kind][name] = (so_far[0] + first, so_far[1] + second)
+        for name, value in part["peaks"].items():
+            joined["peaks"][name] = max(value, joined["peaks"].get(name, value))
+    return joined
 
 
 def _number(value: Any) -> Any:
