@@ -13,9 +13,9 @@ import typer
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.terminal import HarmlessHandler, harmless
 
-app = typer.Typer(
 T = TypeVar("T", int, float)
 
+app = typer.Typer(
     help="Deep Q-learning that fine-tunes a language model against a reward. Begin with: llm-dqn train quickstart",
     no_args_is_help=True,
     add_completion=False,
@@ -128,16 +128,23 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure base against tuned on held-out prompts."""
-    _look_for_the_hub([*_sources_behind(run), *(rewards or ())])
     drawn = None if seeds is None else _numbers("--seeds", seeds, int)
     scales = [] if beta_scales is None else _numbers("--beta-scales", beta_scales, float)
+    _look_for_the_hub([*_sources_behind(run), *(rewards or ())])
     from llm_dqn.console import Console
     from llm_dqn.evaluation import side_by_side
     from llm_dqn.inference import evaluate_run, keep_strength
 
     _hush()
     report, pairs = evaluate_run(
-        run, prompts=prompts, output=output, reward_specs=rewards or (), seed=seed, max_prompts=max_prompts
+        run,
+        prompts=prompts,
+        output=output,
+        reward_specs=rewards or (),
+        seeds=drawn,
+        max_prompts=max_prompts,
+        split=split,
+        beta_scales=scales,
     )
     Console().evaluation(report, side_by_side(pairs))
     kept = keep_strength(run, report) if scales else None
@@ -204,14 +211,6 @@ def schema() -> None:
     _say(json.dumps(Recipe.model_json_schema(), indent=2))
 
 
-def _look_for_the_hub(names: Iterable[str], recipe_dir: Path | None = None) -> None:
-    """Says at once when something must come from the Hub and the Hub is out of reach. Before any heavy import."""
-    from llm_dqn.offline import keep_to_cache_when_offline
-
-    if keep_to_cache_when_offline(names, recipe_dir):
-        _say("the Hugging Face Hub is out of reach: only what is in its cache can be opened", err=True)
-
-
 def _numbers(option: str, text: str, kind: type[T]) -> list[T]:
     """'0,1,2' as numbers. UserError where one is not."""
     try:
@@ -219,6 +218,14 @@ def _numbers(option: str, text: str, kind: type[T]) -> list[T]:
     except ValueError as error:
         what = "whole numbers" if kind is int else "numbers"
         raise UserError(f"{option} {text}: expected {what} with commas between, such as 0,1,2") from error
+
+
+def _look_for_the_hub(names: Iterable[str], recipe_dir: Path | None = None) -> None:
+    """Says at once when something must come from the Hub and the Hub is out of reach. Before any heavy import."""
+    from llm_dqn.offline import keep_to_cache_when_offline
+
+    if keep_to_cache_when_offline(names, recipe_dir):
+        _say("the Hugging Face Hub is out of reach: only what is in its cache can be opened", err=True)
 
 
 def _sources_behind(run: str) -> list[str]:

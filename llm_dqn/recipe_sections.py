@@ -69,15 +69,15 @@ class DataSection(Section):
     eval_split: Text | None = Field(
         default=None, description="Split of `eval` (of `train` when eval is null); null = the same name as split."
     )
-    prompt_column: Text = Field(
-        default="prompt", description="Column with the prompt: text or a list of chat messages."
-    )
     test: Text | None = Field(
         default=None,
         description="Prompts that `evaluate --split test` measures on; null = test_split of train, or none.",
     )
     test_split: Text | None = Field(
         default=None, description="Split of `test` (of `train` when test is null); null = the same name as split."
+    )
+    prompt_column: Text = Field(
+        default="prompt", description="Column with the prompt: text or a list of chat messages."
     )
     max_prompt_length: Annotated[Int, Field(ge=1)] = Field(
         default=512, description="Longest prompt allowed, in tokens."
@@ -278,15 +278,15 @@ class TrainSection(Section):
     final_eval_prompts: Annotated[Int, Field(ge=1)] = Field(
         default=256, description="Held-out prompts used at most in the evaluation after training."
     )
+    final_beta_scales: list[Float] = Field(
+        default_factory=list,
+        description="Strengths besides 0 (base) and 1 (tuned) measured after training, on 64 held-out prompts at most.",
+    )
     save_steps: Annotated[Int, Field(ge=0)] = Field(
         default=100, description="Learner steps between checkpoints; 0 = only at the end."
     )
     save_total_limit: Annotated[Int, Field(ge=1)] | None = Field(default=3, description="Checkpoints kept; null = all.")
     report_to: Text | list[Text] = Field(
         default="none", description="none, or trackers besides metrics.jsonl: tensorboard, wandb, trackio ..."
-    )
-    final_beta_scales: list[Float] = Field(
-        default_factory=list,
-        description="Strengths besides 0 (base) and 1 (tuned) measured after training, on 64 held-out prompts at most.",
     )
     run_name: Text | None = Field(default=None, description="Name shown by trackers; null = name of output_dir.")

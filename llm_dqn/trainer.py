@@ -31,8 +31,8 @@ from llm_dqn.signals import StopRequest
 from llm_dqn.types import Episode, PrefixBatch, TDTarget
 
 COLLECT, REPLAY, EVALUATE = 1, 2, 3  # names of the random streams
-CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
+CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
 
 class DQNTrainer:
