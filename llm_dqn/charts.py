@@ -144,6 +144,24 @@ def histogram(
     return _svg(title, _summary(kept), size, body, frame, standalone, x.label)
 
 
+def sparkline(values: Sequence[float], end: float | None, title: str, size: tuple[int, int] = (132, 28)) -> str:
+    """A line without axes, as wide as a word or two; `end` is marked by a dot at its right."""
+    heights = [value for value in (*values, end) if _finite(value) and value is not None]
+    if not heights:
+        return ""
+    low, high = min(heights), max(heights)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    frame = _Frame(3, 4, size[0] - 5, size[1] - 4, (0, max(len(values), 1)), (low, high))
+    run = [frame.at(i, value) for i, value in enumerate(values) if _finite(value)]
+    parts = ['<path class="line s0" d="M' + "L".join(f"{x:.1f} {y:.1f}" for x, y in run) + '"/>'] if run else []
+    if end is not None and _finite(end):
+        x, y = frame.at(frame.x[1], end)
+        parts.append(f'<circle class="dot s1" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+    said = f"{len(run)} values, lowest {min(heights):.3g}, highest {max(heights):.3g}."
+    return _svg(title, said, size, parts, None, False).replace('class="chart"', 'class="chart spark"')
+
+
 # --- scales ---------------------------------------------------------------------------------------------------------
 
 
