@@ -4,11 +4,17 @@ N positions, H hidden size, V tokens that may be chosen (rows of the LM's head b
 All Q-values are float32 whatever the trunk computes in.
 """
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from llm_dqn.errors import UserError
 
 LogitsFunction = Callable[[Tensor], Tensor]  # hidden (N, H) -> logits (N, V) float32
 
@@ -82,6 +88,23 @@ class ActingHead(nn.Module):
         num_tokens = scaled_q.shape[-1]
         acting = scaled_q if self.uniform_prior else logits[..., :num_tokens] + scaled_q
         return torch.cat([acting, logits[..., num_tokens:]], dim=-1)
+
+
+def saved_heads(file: Path, num_tokens: int) -> dict[str, Any]:
+    """The arguments of `QNetwork` that fit the heads in a `q_head.safetensors`; `UserError` for any other file."""
+    try:
+        with safe_open(file, framework="pt") as heads:
+            facts = json.loads((heads.metadata() or {}).get("llm_dqn", "null"))
+            has_value = any(name.startswith("value.") for name in heads.keys())  # noqa: SIM118 -- no dict
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); remove it to go on without values") from error
+    if not isinstance(facts, dict) or not {"q_head", "beta", "num_tokens"} <= set(facts):
+        raise UserError(f"{file} does not say which head it holds; remove it to go on without values")
+    if facts["num_tokens"] != num_tokens:
+        raise UserError(f"{file} has Q-values of {facts['num_tokens']} tokens, the tokenizer has {num_tokens}")
+    uniform = bool(facts.get("uniform", False))
+    kind, beta = facts["q_head"], float(facts["beta"])
+    return {"q_head": kind, "beta": beta, "uniform_prior": uniform, "needs_value_head": has_value}
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

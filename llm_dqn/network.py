@@ -359,7 +359,7 @@ class QNetwork(nn.Module):
         return weight
 
     def load_heads(self, folder: Path) -> None:
-        """Reads the heads that `save_policy` wrote."""
+        """Reads the heads that `save_policy` wrote; `heads.saved_heads` says with what a network must be built."""
         self.heads.load_state_dict(load_file(folder / "q_head.safetensors"))
         self.target_heads.load_state_dict(self.heads.state_dict())
 

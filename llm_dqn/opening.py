@@ -36,7 +36,8 @@ class Named:
         facts = self.recipe.model if self.recipe else None
         chosen = dtype or (facts.dtype if facts else "auto")
         attention = facts.attn_implementation if facts else None
-        return models.load_causal_lm(self.base, self.revision, chosen, attention, self.trust_remote_code)
+        safe = facts.use_safetensors if facts else True
+        return models.load_causal_lm(self.base, self.revision, chosen, attention, self.trust_remote_code, safe)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside what was tuned, or else the base model's."""
@@ -44,6 +45,15 @@ class Named:
         if tuned is not None and _has_tokenizer(tuned):
             return models.load_tokenizer(tuned, trust_remote_code=self.trust_remote_code)
         return models.load_tokenizer(self.base, self.revision, self.trust_remote_code)
+
+    def heads(self) -> Path | None:
+        """The file of the Q- and value heads beside what was tuned; None where there is none."""
+        place = self.adapter or self.tuned
+        if place is None:
+            return None
+        folder, name = Path(place), "q_head.safetensors"
+        file = folder / name if folder.is_dir() else models.hub_file(place, name)
+        return file if file is not None and file.is_file() else None
 
     @property
     def adapter_config(self) -> dict[str, Any]:
