@@ -1,9 +1,7 @@
 """From settings to parts: loads and checks everything a run needs before any long work starts."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from llm_dqn import data, losses, models, replay, schedules, targets
-from llm_dqn.adapters import LoraConfig, lora_config, lora_facts
+from llm_dqn.adapters import LoraConfig, lora_facts
 from llm_dqn.errors import UserError
 from llm_dqn.launch import accelerator_for
 from llm_dqn.network import Backup, QNetwork
@@ -74,20 +72,6 @@ class Parts:
         return self.accelerator.reduce(tensor, reduction="sum")
 
 
-def inputs_of(recipe: Recipe) -> tuple[DQNConfig, Inputs]:
-    """Loads what a recipe names. Raises UserError for the first thing that cannot be used."""
-    recipe = with_resolved_paths(recipe)
-    args = settings_of(recipe)
-    facts = recipe.model
-    tokenizer = models.load_tokenizer(facts.model_name_or_path, facts.model_revision, facts.trust_remote_code)
-    train_prompts, eval_prompts = prompts_of(recipe, tokenizer)
-    rewards = rewards_of(recipe)
-    rewards.check_columns(sorted({name for prompt in train_prompts[:1] for name in prompt.columns}))
-    lora = None if recipe.lora is None else lora_config(**dict(recipe.lora))
-    logged = logged_rows(args, tokenizer)
-    return args, Inputs(base_model_of(recipe), tokenizer, train_prompts, eval_prompts, rewards, lora, logged)
-
-
 def settings_of(recipe: Recipe) -> DQNConfig:
     """The recipe's leaves, flat."""
     return DQNConfig(**{leaf: value for name in FLAT_SECTIONS for leaf, value in getattr(recipe, name)})
@@ -97,24 +81,35 @@ def base_model_of(recipe: Recipe) -> PreTrainedModel:
     """The pretrained model that a recipe names."""
     facts = recipe.model
     path, revision = facts.model_name_or_path, facts.model_revision
-    return models.load_causal_lm(path, revision, facts.dtype, facts.attn_implementation, facts.trust_remote_code)
+    how = (facts.dtype, facts.attn_implementation, facts.trust_remote_code, facts.use_safetensors)
+    return models.load_causal_lm(path, revision, *how)
+
+
+def data_sources(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Recipe key -> (source, split) of the prompts to train on and of those that are held out."""
+    facts = recipe.data
+    sources = {"data.train": (facts.train, facts.split)}
+    if facts.eval:
+        same = "train" if Path(facts.eval).is_file() else facts.split  # a single file has no other
+        sources["data.eval"] = (facts.eval, facts.eval_split or same)
+    elif facts.eval_split:
+        sources["data.eval_split"] = (facts.train, facts.eval_split)
+    return sources
 
 
 def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, held-out prompts) of a recipe."""
-    facts = recipe.data
-    prompts = _load_prompts(recipe, facts.train, facts.split, tokenizer)
-    if facts.eval or facts.eval_split:
-        split = facts.eval_split or facts.split
-        return prompts, _load_prompts(recipe, facts.eval or facts.train, split, tokenizer)
-    return held_out(prompts, recipe.train.seed)
+    loaded = [_load_prompts(recipe, source, split, tokenizer) for source, split in data_sources(recipe).values()]
+    return (loaded[0], loaded[1]) if len(loaded) == 2 else held_out(loaded[0], recipe.train.seed)
 
 
 def prompts_of_test_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The test prompts of a recipe, which no run looks at. Raises UserError where it names none."""
     facts = recipe.data
     if not (facts.test or facts.test_split):
-        raise UserError("the recipe names no test prompts (data.test and data.test_split are null); give --prompts FILE")
+        raise UserError(
+            "the recipe names no test prompts (data.test and data.test_split are null); give --prompts FILE"
+        )
     return _load_prompts(recipe, facts.test or facts.train, facts.test_split or facts.split, tokenizer)
 
 
@@ -143,43 +138,9 @@ def rewards_of(recipe: Recipe) -> Rewards:
     return Rewards([load_reward(spec, folders) for spec in facts.funcs], facts.weights, facts.on_error, facts.timeout)
 
 
-def logged_rows(args: DQNConfig, tokenizer: PreTrainedTokenizerBase) -> Sequence[data.LoggedRow]:
-    """Completions scored elsewhere that fill the replay before the first step."""
-    return data.load_logged(args.warm_start, tokenizer) if args.warm_start else ()
-
-
-def inputs_from_python(
-    model: Any,
-    reward_funcs: Any,
-    args: DQNConfig,
-    train_dataset: Any,
-    eval_dataset: Any,
-    processing_class: Any,
-    peft_config: LoraConfig | None,
-) -> Inputs:
-    """The same from what `DQNTrainer(...)` is given; the words and their meaning are TRL's."""
-    if isinstance(model, str | os.PathLike):
-        path = os.fspath(model)
-        tokenizer = processing_class or models.load_tokenizer(path)
-        model = models.load_causal_lm(path)
-    elif processing_class is None:
-        raise UserError(
-            "processing_class: a loaded model needs its tokenizer, got None; pass processing_class=tokenizer"
-        )
-    else:
-        tokenizer = processing_class
-        models.ensure_pad_token(tokenizer, "processing_class")
-    load = partial(
-        data.load_prompts, tokenizer=tokenizer, split="train", prompt_column="prompt", max_prompt_length=None
-    )
-    prompts = load(train_dataset)
-    kept_apart = load(eval_dataset) if eval_dataset is not None else None
-    train_prompts, eval_prompts = (prompts, kept_apart) if kept_apart else held_out(prompts, args.seed)
-    several = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    rewards = Rewards([load_reward(spec) for spec in several], args.weights, args.on_error, args.timeout)
-    rewards.check_columns(sorted({name for prompt in train_prompts[:1] for name in prompt.columns}))
-    logged = logged_rows(args, tokenizer)
-    return Inputs(model, tokenizer, train_prompts, eval_prompts, rewards, peft_config, logged)
+def logged_rows(args: DQNConfig, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Sequence[data.LoggedRow]:
+    """Completions scored elsewhere that fill the replay before the first step; `context`: tokens the model reads."""
+    return data.load_logged(args.warm_start, tokenizer, context=context) if args.warm_start else ()
 
 
 def with_learning_rate(args: DQNConfig, lora: LoraConfig | None) -> DQNConfig:

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from llm_dqn.errors import RunError, UserError
+from llm_dqn.signals import Stopped, leave
 from llm_dqn.terminal import HarmlessHandler, harmless
 
 T = TypeVar("T", int, float)
@@ -58,7 +59,13 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    no_import: Annotated[
+        bool, typer.Option("--no-import", help="Run no code that comes with the recipe: for strangers' recipes.")
+    ] = False,
+) -> None:
     """Validate everything without training: keys, data, model, rewards, sizes, one rollout and one update."""
     from llm_dqn.recipe import RecipeError, in_file_order, load_recipe_partially
 
@@ -69,7 +76,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         from llm_dqn.preflight import preflight
 
         _hush()
-        more, lines = preflight(loaded)
+        more, lines = preflight(loaded, run_code=not no_import)
         problems += more
     for line in lines:
         _say(line)
@@ -150,6 +157,51 @@ def evaluate(
     kept = keep_strength(run, report) if scales else None
     if kept:
         _say(f"the curve is in {kept} now, and `llm-dqn report {run}` draws it")
+
+
+@app.command()
+def merge(
+    run: Run,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto (the base model's), float32, bfloat16 or float16.")
+    ] = "auto",
+) -> None:
+    """Write base + adapter as one plain Hugging Face model, proven equal before it is written."""
+    _look_for_the_hub(_sources_behind(run))
+    from llm_dqn.merge import merge as merge_run
+
+    _hush()
+    merge_run(run, out, dtype, _say)
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, adapter or merged model on this machine.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the Hugging Face Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Readable by everybody; private otherwise.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merge first, into RUN/merged, and push that model.")
+    ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, where the run was trained from a folder.")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch of the repository; made when it is missing.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and send nothing.")] = False,
+) -> None:
+    """Upload the adapter with its model card; replay, optimizer and samples stay here."""
+    from llm_dqn.bundle import check_repo_id
+
+    check_repo_id("REPO_ID", repo_id)
+    if merged:
+        _look_for_the_hub(_sources_behind(run))
+        from llm_dqn.merge import merge_beside
+
+        _hush()
+        run = merge_beside(run, _say)
+    from llm_dqn.hub import push as push_run
+
+    push_run(run, repo_id, public=public, base_model=base_model, branch=branch, dry_run=dry_run, say=_say)
 
 
 @recipes_app.callback()
@@ -265,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Exits with 0 (good), 1 (the run failed), 2 (wrong input), 130 or 143 (stopped by a signal)."""
     _speak_plainly()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
+        signal.signal(number, leave)
     try:
         app(args=arguments, prog_name="llm-dqn")
     except UserError as error:
@@ -274,8 +326,5 @@ def main(arguments: list[str] | None = None) -> None:
     except RunError as error:
         _say(f"the run failed: {error}", err=True)
         sys.exit(1)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Unwinds, so that temporary files go, with the exit code that shells expect."""
-    sys.exit(128 + number)
+    except Stopped as stop:
+        sys.exit(stop.code)

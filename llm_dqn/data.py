@@ -1,5 +1,6 @@
 """Prompts and logged completions: read, checked row by row, tokenised, and dealt out in a fixed order."""
 
+import json
 import logging
 import math
 from collections.abc import Sequence
@@ -22,6 +23,15 @@ _HOLD_OUT = 0x401D  # keeps the split's random stream apart from that of the epo
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The most tokens that a prompt may have, where that comes from, and what can be done about it."""
+
+    tokens: int
+    name: str
+    cure: str
+
+
+@dataclass(frozen=True)
 class LoggedRow:
     """One completion that was written and scored elsewhere."""
 
@@ -40,19 +50,20 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int | None = None,
     too_long: TooLong = "error",
+    room: int | None = None,
 ) -> list[Prompt]:
     """All prompts of a file, Hub id, `Dataset` or list of dicts, tokenised; other columns travel along.
 
-    A prompt of more than `max_prompt_length` tokens is an error, is dropped, or loses tokens at its start ("truncate")
-    or at its end ("keep_start"); a plain prompt is then what is left of it, for rewards too. Raises `UserError` naming
-    source, row and column.
+    A prompt of more than `max_prompt_length` tokens, or than the `room` that the model's context leaves for it, is an
+    error, is dropped, or loses tokens at its start ("truncate") or at its end ("keep_start"); a plain prompt is then
+    what is left of it, for rewards too. Raises `UserError` naming source, row and column.
     """
     if too_long not in get_args(TooLong):
         raise UserError(f"too_long: '{too_long}' is not one of {', '.join(get_args(TooLong))}")
     table = read_table(source, split)
     table.require(prompt_column, "prompt_column")
     prompts = _tokenise(table, prompt_column, tokenizer)
-    fitting = _fit(table, prompts, tokenizer, max_prompt_length, too_long)
+    fitting = _fit(table, prompts, tokenizer, _limit(max_prompt_length, room), too_long)
     return [prompt for prompt in fitting if prompt is not None]
 
 
@@ -60,7 +71,7 @@ def _tokenise(table: Table, column: str, tokenizer: PreTrainedTokenizerBase) -> 
     first = table.rows[0][column]
     chat = isinstance(first, list)
     for place, row in numbered(table):
-        _check_prompt(place, column, row[column], chat)
+        check_prompt(place, column, row[column], chat)
     if chat and not tokenizer.chat_template:
         raise UserError(
             f"{table.name}: column '{column}' holds conversations but the tokenizer has no chat template; use a chat "
@@ -80,7 +91,7 @@ def _tokenise(table: Table, column: str, tokenizer: PreTrainedTokenizerBase) -> 
     ]
 
 
-def _check_prompt(place: str, column: str, value: Any, chat: bool) -> None:
+def check_prompt(place: str, column: str, value: Any, chat: bool) -> None:
     where = f"{place}: column '{column}'"
     if value is None or value == "" or value == []:
         raise UserError(f"{where} is empty ({value!r}); remove the row or fill it in")
@@ -90,9 +101,22 @@ def _check_prompt(place: str, column: str, value: Any, chat: bool) -> None:
         kinds = ("plain text", "a conversation")
         raise UserError(f"{where} is {kinds[not chat]} but row 1 is {kinds[chat]}; use one kind in a file")
     for number, message in enumerate(value if chat else [], start=1):
-        fits = isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-        if not fits:
-            raise UserError(f"{where}, message {number}: expected {{'role': ..., 'content': ...}}, got {message!r:.80}")
+        fits = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not fits or not (isinstance(message.get("content"), str | list) or message.get("tool_calls")):
+            raise UserError(
+                f"{where}, message {number}: expected {{'role': ..., 'content': text}}, got {message!r:.80}"
+            )
+    if not _is_text(value):
+        raise UserError(f"{where} holds half of a character pair ({value!r:.60}), which is no text; mend the row")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all characters of a prompt can be written as UTF-8; JSON may hold halves of pairs that cannot."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def render_chat(messages: list[Message], tokenizer: PreTrainedTokenizerBase, place: str = "the prompt") -> str:
@@ -125,18 +149,38 @@ def _check_ids(place: str, column: str, value: Any, ids: list[int], tokenizer: P
         raise UserError(f"{place}: column '{column}' ({value!r:.60}) consists of tokens unknown to this tokenizer")
 
 
+def room_for_prompt(context: int | None, max_completion_length: int) -> int | None:
+    """Tokens that a model's context leaves for a prompt beside the longest completion; None where it has no limit."""
+    if context is None or context > max_completion_length:
+        return None if context is None else context - max_completion_length
+    raise UserError(
+        f"max_completion_length: {max_completion_length} tokens leave no room for a prompt, since the model was made "
+        f"to read {context} tokens in all; lower it"
+    )
+
+
+def _limit(max_prompt_length: int | None, room: int | None) -> Limit | None:
+    """The tighter of the two limits."""
+    if room is not None and (max_prompt_length is None or room < max_prompt_length):
+        name = f"the {room} that the model's context leaves beside max_completion_length"
+        return Limit(room, name, "lower max_completion_length")
+    if max_prompt_length is None:
+        return None
+    return Limit(max_prompt_length, f"max_prompt_length={max_prompt_length}", "raise max_prompt_length")
+
+
 def _fit(
-    table: Table, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int | None, too_long: TooLong
+    table: Table, prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, limit: Limit | None, too_long: TooLong
 ) -> list[Prompt | None]:
-    """Applies the rule for prompts over `limit` tokens; None where one is dropped."""
+    """Applies the rule for prompts over the limit; None where one is dropped."""
     if limit is None:
         return list(prompts)
-    over = [index for index, prompt in enumerate(prompts) if len(prompt.ids) > limit]
+    over = [index for index, prompt in enumerate(prompts) if len(prompt.ids) > limit.tokens]
     if over and too_long == "error":
         longest = max(len(prompts[index].ids) for index in over)
         raise UserError(
-            f"{table.place(over[0])}: the prompt has {len(prompts[over[0]].ids)} tokens, more than max_prompt_length="
-            f"{limit}; {len(over)} of {len(prompts)} rows are too long (longest {longest}); raise max_prompt_length or "
+            f"{table.place(over[0])}: the prompt has {len(prompts[over[0]].ids)} tokens, more than {limit.name}; "
+            f"{len(over)} of {len(prompts)} rows are too long (longest {longest}); {limit.cure} or "
             "set too_long to drop, truncate (keeps the end) or keep_start"
         )
     if over and too_long == "keep_start" and isinstance(prompts[over[0]].prompt, list):
@@ -146,19 +190,13 @@ def _fit(
         )
     if over:
         deeds = {"drop": "dropped", "truncate": "shortened at their start", "keep_start": "shortened at their end"}
-        logger.warning(
-            "%s: %d of %d prompts over max_prompt_length=%d %s",
-            table.name,
-            len(over),
-            len(prompts),
-            limit,
-            deeds[too_long],
-        )
+        counts = f"{len(over)} of {len(prompts)} prompts"
+        logger.warning("%s: %s over %s %s", table.name, counts, limit.name, deeds[too_long])
     fitting: list[Prompt | None] = list(prompts)
     for index in over:
-        fitting[index] = None if too_long == "drop" else _shorten(prompts[index], tokenizer, limit, too_long)
+        fitting[index] = None if too_long == "drop" else _shorten(prompts[index], tokenizer, limit.tokens, too_long)
     if all(prompt is None for prompt in fitting):
-        raise UserError(f"{table.name}: no prompt has at most max_prompt_length={limit} tokens")
+        raise UserError(f"{table.name}: no prompt has at most {limit.tokens} tokens ({limit.name})")
     return fitting
 
 
@@ -239,16 +277,19 @@ def load_logged(
     too_long: TooLong = "error",
     prompt_column: str = "prompt",
     split: str = "train",
+    context: int | None = None,
 ) -> list[LoggedRow]:
     """Completions with their rewards, from columns prompt, completion, reward and optionally ended ('eos', 'length').
 
     A completion that ended by itself gets the end-of-sequence token. One of more than `max_completion_length` tokens
-    is an error, or is dropped by all other rules: its reward was paid for the whole of it.
+    is an error, or is dropped by all other rules: its reward was paid for the whole of it. Together with its prompt it
+    must fit into the model's `context`.
     """
     table = read_table(source, split)
     for column in (prompt_column, "completion", "reward"):
         table.require(column, "prompt_column" if column == prompt_column else "the column's name in the file")
-    prompts = _fit(table, _tokenise(table, prompt_column, tokenizer), tokenizer, max_prompt_length, too_long)
+    limit = _limit(max_prompt_length, None)
+    prompts = _fit(table, _tokenise(table, prompt_column, tokenizer), tokenizer, limit, too_long)
     rows = []
     over = 0
     for (place, row), prompt in zip(numbered(table), prompts, strict=True):
@@ -263,6 +304,11 @@ def load_logged(
                 )
             over += 1
             continue
+        if context is not None and len(logged.prompt.ids) + len(logged.completion_ids) > context:
+            raise UserError(
+                f"{place}: prompt and completion have {len(logged.prompt.ids)} + {len(logged.completion_ids)} tokens, "
+                f"the model was made to read {context}; remove the row"
+            )
         rows.append(logged)
     if over:
         logger.warning("%s: %d completions over %d tokens dropped", table.name, over, max_completion_length)

@@ -64,7 +64,8 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     for candidate in [*reserved, tokenizer.eos_token, tokenizer.unk_token, tokenizer.convert_ids_to_tokens(0)]:
         if candidate is not None:
             tokenizer.pad_token = candidate
-            logger.info("the tokenizer of '%s' has no padding token; '%s' is used", path, candidate)
+            masked = "; padding is masked, so ends are still learned" if candidate == tokenizer.eos_token else ""
+            logger.warning("the tokenizer of '%s' has no padding token: %s pads%s", path, candidate, masked)
             return
 
 
@@ -74,17 +75,15 @@ def load_causal_lm(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    use_safetensors: bool = True,
 ) -> PreTrainedModel:
-    """A decoder-only language model in evaluation mode, all of its weights read from safetensors files."""
+    """A decoder-only language model in evaluation mode, all of its weights read from files.
+
+    use_safetensors: False also opens pickled weights, by torch's unpickler of tensors alone.
+    """
     if dtype not in _DTYPES:
         raise UserError(f"dtype: '{dtype}' is not one of {', '.join(_DTYPES)}")
-    check_model_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise loading_error(path, revision, "model", error) from error
-    check_causal(path, config)
-    check_safetensors(path)
+    load_config(path, revision, trust_remote_code, use_safetensors)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +91,7 @@ def load_causal_lm(
             revision=revision,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            use_safetensors=True,
+            use_safetensors=True if use_safetensors else None,
             output_loading_info=True,
             **options,
         )
@@ -101,6 +100,27 @@ def load_causal_lm(
     model, loading = loaded
     refuse_missing_weights(path, loading["missing_keys"])
     return model.eval()
+
+
+def load_config(
+    path: str, revision: str | None = None, trust_remote_code: bool = False, use_safetensors: bool = True
+) -> PreTrainedConfig:
+    """What a decoder-only language model says of itself, in no time; `UserError` for a model that cannot be used."""
+    check_model_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise loading_error(path, revision, "model", error) from error
+    check_causal(path, config)
+    if use_safetensors:
+        check_safetensors(path)
+    return config
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many tokens, prompt and completion together, the model was made to read; None where it does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def check_causal(path: str, config: PreTrainedConfig) -> None:
@@ -153,8 +173,8 @@ def check_safetensors(path: str) -> None:
 
 def _no_safetensors(path: str) -> str:
     return (
-        f"'{path}' has pickled weights (.bin) only, which can run code when opened; "
-        "convert them once with model.save_pretrained(folder) and use that folder"
+        f"'{path}' has pickled weights (.bin) only, which can run code when opened; if you trust them set "
+        "use_safetensors: false, or convert them once with model.save_pretrained(folder)"
     )
 
 
@@ -179,7 +199,10 @@ def loading_error(path: str, revision: str | None, part: str, error: BaseExcepti
         return UserError(_no_safetensors(path))
     if isinstance(error, OSError) and not Path(path).is_dir():
         return NotReachable(f"{where} is neither a local folder nor reachable on the Hub ({_first_sentence(text)})")
-    return UserError(f"the {part} {where} could not be loaded: {type(error).__name__}: {_first_sentence(text)}")
+    damaged = "; the file is damaged or was not copied whole" if isinstance(error, SafetensorError) else ""
+    return UserError(
+        f"the {part} {where} could not be loaded: {type(error).__name__}: {_first_sentence(text)}{damaged}"
+    )
 
 
 def _first_sentence(text: str) -> str:
@@ -205,9 +228,19 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return ids
 
 
+def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """`UserError` for a tokenizer that writes ids which the model has no rows for; needs no weights."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(rows, int):
+        _tokens_within(rows, tokenizer)
+
+
 def num_valid_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many rows of the output layer may be chosen: those that the tokenizer can spell. Rows beyond are padding."""
-    rows = lm_head(model).weight.shape[0]
+    return _tokens_within(lm_head(model).weight.shape[0], tokenizer)
+
+
+def _tokens_within(rows: int, tokenizer: PreTrainedTokenizerBase) -> int:
     size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)  # ids may have gaps
     if size > rows:
         raise UserError(
@@ -278,6 +311,10 @@ def verify_head_shortcut(model: PreTrainedModel) -> None:
         other = model(input_ids=changed, attention_mask=mask, use_cache=False).logits.float()
     finally:
         model.train(training)
+    if not logits.isfinite().all():
+        broken = [key for key, weight in model.named_parameters() if not weight.isfinite().all()][:3]
+        said = f": {', '.join(broken)} hold values that are not finite numbers" if broken else " from finite weights"
+        raise UserError(f"{name} gives predictions that are not finite numbers{said}")
     tolerance = (1e-5 if ours.dtype == torch.float32 else 2e-2) * max(1.0, logits.abs().max().item())
     difference = (ours - logits).abs().max().item()
     if not difference <= tolerance:

@@ -1,7 +1,8 @@
 """`llm-dqn check`: everything that can be found wrong with a run before it is started, all at once.
 
 Each part is tried by the code that a run uses; what fails becomes a line that names the recipe's key. When all parts
-are there, one rollout and one update are run on the real model.
+are there, one rollout and one update are run on the real model. Without `run_code`, nothing that comes with the recipe
+is run: no reward is imported, no code of a model is run, no pickled weights are opened.
 """
 
 import shutil
@@ -17,10 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_dqn import data, models
 from llm_dqn.adapters import lora_config
-from llm_dqn.assembly import Inputs, base_model_of, held_out, settings_of
+from llm_dqn.assembly import Inputs, base_model_of, data_sources, held_out, settings_of
 from llm_dqn.errors import NotReachable, RunError, UserError
+from llm_dqn.inputs import load_prompts, reason
 from llm_dqn.recipe import Problem, Recipe, mislaid, with_resolved_paths
-from llm_dqn.rewards import RewardFunction, Rewards, load_reward
+from llm_dqn.reward_functions import code_behind
+from llm_dqn.rewards import RewardError, RewardFunction, Rewards, load_reward
+from llm_dqn.shipped import similar_nearby
 from llm_dqn.tables import Table, read_table
 from llm_dqn.trainer import DQNTrainer
 from llm_dqn.types import Prompt
@@ -37,6 +41,7 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     unreachable: list[str] = field(default_factory=list)  # what a run would download, and cannot be looked at now
+    not_run: list[str] = field(default_factory=list)  # code that a run would run
 
     def attempt(self, key: str, action: Callable[[], T], kind: str = "", source: str | None = None) -> T | None:
         """The result of `action`; None when it failed, which is noted under the recipe's `key`.
@@ -45,12 +50,16 @@ class Findings:
         """
         try:
             return action()
-        except (UserError, RunError) as error:
-            mistyped = None if source is None else mislaid(source, self.recipe.folder)
-            if mistyped is None and isinstance(error, NotReachable):
-                self.unreachable.append(f"{kind} {source}")
+        except RewardError as error:
+            self.problem("reward.funcs", str(error))
+        except RunError as error:
+            self.problem(key, str(error))
+        except UserError as error:
+            folder = self.recipe.folder
+            if source is not None and isinstance(error, NotReachable) and mislaid(source, folder) is None:
+                self.unreachable.append(f"{kind} {source}{similar_nearby(source, folder)}")
             else:
-                self.problem(key, mistyped or str(error))
+                self.problem(key, reason(error, source, folder))
         return None
 
     def problem(self, key: str, message: str) -> None:
@@ -58,25 +67,34 @@ class Findings:
         self.problems.append(self.recipe.problem(key, message))
 
 
-def preflight(recipe: Recipe) -> tuple[list[Problem], list[str]]:
+def preflight(recipe: Recipe, run_code: bool = True) -> tuple[list[Problem], list[str]]:
     """(problems, lines of information). A recipe with broken required keys may hold None there: those are skipped."""
     found = Findings(recipe)
     resolved = with_resolved_paths(recipe)
-    tokenizer, model = _model(found, resolved)
+    brings_code = recipe.model.trust_remote_code or not recipe.model.use_safetensors
+    if brings_code and not run_code and recipe.model.model_name_or_path:
+        setting = "trust_remote_code: true" if recipe.model.trust_remote_code else "use_safetensors: false"
+        found.not_run.append(f"model {recipe.model.model_name_or_path}, because of {setting}")
+    tokenizer, model = (None, None) if brings_code and not run_code else _model(found, resolved)
+    context = models.context_length(model.config) if model is not None else None
     tables = _tables(found, resolved)
-    prompts = None if tokenizer is None else _prompts(found, resolved, tables, tokenizer)
-    rewards = _rewards(found, resolved, tables)
+    prompts = None if tokenizer is None else _prompts(found, resolved, tables, tokenizer, context)
+    rewards = _rewards(found, resolved, tables, run_code)
     if tokenizer is not None:
-        _logged(found, resolved, tokenizer)
+        _logged(found, resolved, tokenizer, context)
     if model is not None:
         _estimate(found, resolved, model)
     whole = model and tokenizer and prompts and rewards and resolved.train.output_dir
-    if whole and not found.problems and not found.unreachable:
+    if whole and not found.problems and not found.unreachable and not found.not_run:
         _one_step(found, resolved, model, tokenizer, prompts, rewards)  # type: ignore[arg-type]
     if found.unreachable:
         found.lines.append("a run would download these, and they could not be looked into:")
         found.lines += [f"  {name}" for name in dict.fromkeys(found.unreachable)]
         found.lines.append("everything else was looked at, but for a rollout and an update, which need them all")
+    if found.not_run:
+        found.lines.append("a run would run this code, and it was not looked into:")
+        found.lines += [f"  {name}" for name in found.not_run]
+        found.lines.append("no rollout and no update were tried; read the code before you train")
     return found.problems, found.lines
 
 
@@ -90,28 +108,29 @@ def _model(found: Findings, recipe: Recipe) -> tuple[PreTrainedTokenizerBase | N
         return None, None
     load = partial(models.load_tokenizer, name, facts.model_revision, facts.trust_remote_code)
     tokenizer = found.attempt(key, load, "tokenizer", name)
-    found.attempt(key, partial(models.verify_head_shortcut, model))
+    if found.attempt(key, partial(_verified, model)) is None:
+        return tokenizer, None
     if tokenizer is not None:
         found.attempt(key, partial(models.num_valid_tokens, model, tokenizer))
     return tokenizer, model
 
 
+def _verified(model: PreTrainedModel) -> bool:
+    models.verify_head_shortcut(model)
+    return True
+
+
 def _tables(found: Findings, recipe: Recipe) -> dict[str, Table]:
     """Recipe key -> rows, of the prompts to train on and of those that are held out."""
-    facts = recipe.data
-    wanted = {"data.train": (facts.train, facts.split)}
-    if facts.eval or facts.eval_split:
-        key = "data.eval" if facts.eval else "data.eval_split"
-        wanted[key] = (facts.eval or facts.train, facts.eval_split or facts.split)
     tables = {}
-    for key, (source, split) in wanted.items():
+    for key, (source, split) in data_sources(recipe).items():
         if source is None:
             continue
         table = found.attempt(key, partial(read_table, source, split), "data", source)
         if table is None:
             continue
         at_fault = "data.prompt_column" if found.recipe.writes("data.prompt_column") else key
-        checked = found.attempt(at_fault, partial(_with_column, table, facts.prompt_column))
+        checked = found.attempt(at_fault, partial(_with_column, table, recipe.data.prompt_column))
         if checked is not None:
             tables[key] = checked
     return tables
@@ -123,20 +142,18 @@ def _with_column(table: Table, column: str) -> Table:
 
 
 def _prompts(
-    found: Findings, recipe: Recipe, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase
+    found: Findings,
+    recipe: Recipe,
+    tables: dict[str, Table],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
 ) -> tuple[list[Prompt], list[Prompt]] | None:
     facts = recipe.data
+    within = partial(data.room_for_prompt, context, recipe.rollout.max_completion_length)
+    room = found.attempt("rollout.max_completion_length", within)
     loaded: list[list[Prompt]] = []
     for key, table in tables.items():
-        load = partial(
-            data.load_prompts,
-            table,
-            prompt_column=facts.prompt_column,
-            tokenizer=tokenizer,
-            max_prompt_length=facts.max_prompt_length,
-            too_long=facts.too_long,
-        )
-        prompts = found.attempt(key, load)
+        prompts = found.attempt(key, partial(load_prompts, recipe, table, tokenizer, room))
         if prompts is not None:
             longest = max(len(prompt.ids) for prompt in prompts)
             found.lines.append(f"{key}: {len(prompts)} prompts, the longest has {longest} tokens")
@@ -147,13 +164,20 @@ def _prompts(
     return held_out(loaded[0], recipe.train.seed) if loaded and only_train else None
 
 
-def _rewards(found: Findings, recipe: Recipe, tables: dict[str, Table]) -> Rewards | None:
+def _rewards(found: Findings, recipe: Recipe, tables: dict[str, Table], run_code: bool) -> Rewards | None:
     facts = recipe.reward
     if facts.funcs is None:
         return None
     folders = [Path.cwd(), *([recipe.folder] if recipe.folder else [])]
     functions: list[RewardFunction] = []
     for spec in facts.funcs:
+        if not run_code:
+            seen = len(found.problems)
+            code = found.attempt("reward.funcs", partial(code_behind, spec, folders), "reward", spec)
+            if code is not None:
+                found.not_run.append(f"reward {code}")
+            if code is not None or len(found.problems) > seen:
+                continue
         function = found.attempt("reward.funcs", partial(load_reward, spec, folders), "reward", spec)
         if function is not None:
             functions.append(function)
@@ -161,16 +185,17 @@ def _rewards(found: Findings, recipe: Recipe, tables: dict[str, Table]) -> Rewar
         return None
     build = partial(Rewards, functions, facts.weights, facts.on_error, facts.timeout)
     rewards = found.attempt("reward.timeout" if facts.timeout else "reward", build)
-    if rewards is not None and "data.train" in tables:
-        columns = [name for name in tables["data.train"].columns if name != recipe.data.prompt_column]
-        found.attempt("reward.funcs", partial(rewards.check_columns, sorted(columns)))
+    for table in tables.values() if rewards is not None else ():
+        columns = table.columns_beside(recipe.data.prompt_column)
+        found.attempt("reward.funcs", partial(rewards.check_columns, columns, table.name))  # type: ignore[union-attr]
     return rewards
 
 
-def _logged(found: Findings, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def _logged(found: Findings, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int | None) -> None:
     path = recipe.replay.warm_start
     if path is not None:
-        rows = found.attempt("replay.warm_start", partial(data.load_logged, path, tokenizer), "log", path)
+        load = partial(data.load_logged, path, tokenizer, context=context)
+        rows = found.attempt("replay.warm_start", load, "log", path)
         if rows is not None:
             found.lines.append(f"replay.warm_start: {len(rows)} logged completions")
 

@@ -40,6 +40,9 @@ class ModelSection(Section):
     trust_remote_code: StrictBool = Field(
         default=False, description="Run Python code that comes with the model. Only for repositories you have read."
     )
+    use_safetensors: StrictBool = Field(
+        default=True, description="false also opens pickled weights (.bin). Only from people you trust."
+    )
 
 
 class LoraSection(Section):
@@ -247,6 +250,10 @@ class TrainSection(Section):
     )
     max_grad_norm: Annotated[Float, Field(gt=0)] = Field(
         default=1.0, description="Longer gradients are scaled down to this."
+    )
+    max_nonfinite_steps: Annotated[Int, Field(ge=1)] = Field(
+        default=5,
+        description="Steps in a row that may be left out because loss or gradient was not finite; then the run stops.",
     )
     warmup_steps: Annotated[Int, Field(ge=0)] = Field(default=0, description="Learner steps from rate 0 to the peak.")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(

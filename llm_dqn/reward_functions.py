@@ -1,5 +1,6 @@
-"""Finds the reward functions that a recipe or a script names."""
+"""Finds the reward functions that a recipe or a script names. To load one is to run the code of its file or package."""
 
+import ast
 import importlib.util
 import inspect
 import os
@@ -35,12 +36,12 @@ class RewardFunction:
         )
         self._takes, self._needs = _parameters(function)
 
-    def select(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def select(self, arguments: dict[str, Any], table: str = "the data") -> dict[str, Any]:
         """Those of the arguments that the function takes, or all for **kwargs; `UserError` if one is missing."""
         missing = [name for name in self._needs if name not in arguments]
         if missing:
             raise UserError(
-                f"the reward '{self.name}' needs '{missing[0]}', which is no column of the data"
+                f"the reward '{self.name}' needs '{missing[0]}', which is no column of {table}"
                 f"{did_you_mean(missing[0], arguments)} (it gets: {', '.join(sorted(arguments))})"
             )
         return (
@@ -100,7 +101,49 @@ def _from_hub(spec: str, path: str, label: str | None, device: str | torch.devic
         raise error if "/" in path else type(error)(f"reward '{spec}': {error}; {hint}") from error
 
 
+def code_behind(spec: str, base_dirs: Sequence[str | os.PathLike[str]] = ()) -> str | None:
+    """What code a reward would run, found without running it; None where it is a model, which runs none of its own.
+
+    Raises UserError where the file is not there, is no Python, or has no such function.
+    """
+    folders = [Path(folder) for folder in base_dirs] or [Path.cwd()]
+    place, _, name = spec.rpartition(":")
+    if spec.endswith(".py") or place.endswith(".py"):
+        path = _find_file(spec, place or spec, folders)
+        names = _names_in(spec, path)
+        if names is not None and name not in names:
+            raise UserError(f"reward '{spec}': {place or spec} has no '{name}'{did_you_mean(name, names)}")
+        return f"{spec} ({path} is there)"
+    there = any((folder / Path(spec.partition("#")[0]).expanduser()).is_dir() for folder in folders)
+    return None if there or "/" in spec or not _DOTTED.fullmatch(spec) else f"{spec} (a module; not looked for)"
+
+
+def _names_in(spec: str, path: Path) -> list[str] | None:
+    """Names that a file defines at its top level; None where that cannot be known without running it."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"reward '{spec}': {path} is no Python that can be read: {error}") from error
+    names: list[str] = []
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names += [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            return None
+    return None if "*" in names else names
+
+
 def _from_file(spec: str, place: str, name: str, folders: Sequence[Path]) -> RewardFunction:
+    path = _find_file(spec, place, folders)
+    module = _load(spec, str(path))
+    return RewardFunction(_pick(spec, module, name, place), location=(str(path), name))
+
+
+def _find_file(spec: str, place: str, folders: Sequence[Path]) -> Path:
     candidates = [folder / Path(place).expanduser() for folder in folders]
     path = next((candidate.resolve() for candidate in candidates if candidate.is_file()), None)
     if path is None:
@@ -109,8 +152,7 @@ def _from_file(spec: str, place: str, name: str, folders: Sequence[Path]) -> Rew
         raise UserError(
             f"reward '{spec}': no file '{place}'{did_you_mean(Path(place).name, nearby)} (looked in: {looked})"
         )
-    module = _load(spec, str(path))
-    return RewardFunction(_pick(spec, module, name, place), location=(str(path), name))
+    return path
 
 
 def _from_module(spec: str, folders: Sequence[Path]) -> RewardFunction | None:

@@ -2,9 +2,10 @@
 
 import os
 import re
+from itertools import chain, islice
 from pathlib import Path
 
-from llm_dqn.errors import UserError, did_you_mean
+from llm_dqn.errors import UserError, did_you_mean, nearest
 
 
 def shipped_root() -> Path:
@@ -87,6 +88,21 @@ def mislaid(value: str, recipe_dir: str | os.PathLike[str] | None = None) -> str
         return None
     there = [entry.name for place in places for entry in (place / path.parent).iterdir()]
     return f"there is no {path.name} in {path.parent}{did_you_mean(path.name, there)}"
+
+
+def similar_nearby(value: str, recipe_dir: str | os.PathLike[str] | None = None) -> str:
+    """'; did you mean data/tiny_lm?' for a bare name that lies nowhere but is like one here, beside the recipe, in a
+    folder below these, or among the shipped files; else nothing.
+    """
+    path, _ = _without_ending(value)
+    if path.parent != Path(".") or lies_here(value, recipe_dir):
+        return ""
+    paths: dict[str, Path] = {}
+    for place in _places(recipe_dir):
+        for entry in islice(chain(place.glob("*"), place.glob("*/*")), 10_000):  # a home folder may be large
+            paths.setdefault(entry.name, entry.relative_to(place))
+    close = nearest(path.name, paths)
+    return f"; did you mean {paths[close]}?" if close else ""
 
 
 def _without_ending(value: str) -> tuple[Path, str]:

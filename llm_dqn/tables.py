@@ -26,6 +26,10 @@ class Table:
         """Where a row is, counted from 1 as people count."""
         return f"{self.name}, row {index + 1}"
 
+    def columns_beside(self, column: str) -> list[str]:
+        """The other columns, sorted: what rewards get."""
+        return sorted(name for name in self.columns if name != column)
+
     def require(self, column: str, key: str) -> None:
         """`UserError` unless `column` exists; `key` is the setting that names it."""
         if column not in self.columns:
@@ -58,6 +62,8 @@ def read_table(source: Any, split: str = "train") -> Table:
 def _read_named(source: str, split: str) -> list[Row]:
     path = Path(source).expanduser()
     if path.is_file():
+        if split != "train":
+            raise UserError(f"'{source}' is a single file and has no split '{split}', only train; leave the split out")
         return _read_file(path, source)
     if path.is_dir():
         return _read_dataset(source, split)

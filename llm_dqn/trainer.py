@@ -2,7 +2,9 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_dqn import checkpoint, evaluation, losses
+from llm_dqn import checkpoint, evaluation, losses, recipe_changes
 from llm_dqn.assembly import (
     Inputs,
     assemble,
-    inputs_from_python,
-    inputs_of,
     recipe_text,
     stream_seed,
     trackers,
     with_learning_rate,
 )
-from llm_dqn.errors import RunError, UserError
-from llm_dqn.hub import upload
+from llm_dqn.errors import RunError, StepFailed, UserError
+from llm_dqn.hub import push
+from llm_dqn.inputs import inputs_from_python, inputs_of
+from llm_dqn.lock import refuse_if_running
 from llm_dqn.logbook import Logbook
+from llm_dqn.memory import MicroBatch
+from llm_dqn.numerics import NonFiniteSteps, QAlarm, all_finite, faulty_rows
 from llm_dqn.policy import BehaviourPolicy
+from llm_dqn.processes import Processes
 from llm_dqn.recipe import DQNConfig, Recipe
-from llm_dqn.rollout import rollout, verify_generator
+from llm_dqn.resume import dealt, restore_schedule
+from llm_dqn.rollout import Writer, rollout, verify_generator
 from llm_dqn.signals import StopRequest
-from llm_dqn.types import Episode, PrefixBatch, TDTarget
+from llm_dqn.types import Episode, PrefixBatch, QOutput, TDTarget
 
-COLLECT, REPLAY, EVALUATE = 1, 2, 3  # names of the random streams
+COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
@@ -70,6 +76,7 @@ class DQNTrainer:
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "DQNTrainer":
         """The same trainer from a recipe."""
+        refuse_if_running(Path(recipe.train.output_dir))
         return cls.of_inputs(*inputs_of(recipe), recipe)
 
     @classmethod
@@ -84,6 +91,7 @@ class DQNTrainer:
         self.parts = parts = assemble(args, inputs)
         self.network, self.replay = parts.network, parts.replay
         self.step = 0
+        self.collected_at = -1  # the step before which was collected last
         self.samples_drawn = 0  # minibatches, by this process
         self.scored_completions = 0  # by the rewards, over all processes; evaluation is counted apart
         self.logbook = Logbook(
@@ -95,22 +103,48 @@ class DQNTrainer:
             run_name=args.run_name,
             keep_checkpoints=args.save_total_limit,
         )
+        say, alone = self.logbook.say, parts.accelerator.num_processes == 1
+        self.processes = Processes(
+            parts.accelerator.process_index, parts.accelerator.num_processes, parts.network.device
+        )
+        self.nonfinite = NonFiniteSteps(args.max_nonfinite_steps, say)
+        self.q_alarm = QAlarm(args.beta, say)
+        shorter = "set rollout.max_completion_length or data.max_prompt_length lower"
+        self.writing = MicroBatch(parts.writer.batch_size, "writing completions", shorter, say)
+        # In backward the processes wait for one another, so that one of them cannot begin again alone.
+        fewer = "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps"
+        self.learning = MicroBatch(args.per_device_train_batch_size, "learning", fewer, say, may_halve=alone)
 
     # --- the algorithm ----------------------------------------------------------------------------------------------
 
-    def train(self, resume: bool = False) -> dict[str, Any]:
-        """Learns until `max_steps` or until `max_scored_completions` are spent; returns what `evaluation.json` has."""
-        self.begin(resume)
-        with StopRequest() as stop, self.logbook.panel(self.args.max_steps):
+    def train(self, resume: bool = False, allow_changes: Sequence[str] = ()) -> dict[str, Any]:
+        """Learns until `max_steps` or until `max_scored_completions` are spent; returns what `evaluation.json` has.
+
+        resume: goes on from the newest complete checkpoint in `output_dir`. allow_changes: dotted recipe keys that may
+        then differ from the run's although what was saved belongs to their old value.
+        Raises UserError for what cannot go on or is in use, RunError when the run fails, SystemExit when it was asked
+        to stop and has saved.
+        """
+        try:
+            with self.processes:
+                self.begin(resume, allow_changes)
+                self.learn()
+                self.save_model()
+                return self.evaluate()
+        finally:
+            self.logbook.close()
+
+    def learn(self) -> None:
+        """The loop: collect, remember, sample, learn, sync, until done or asked to stop."""
+        with StopRequest() as stop, self.logbook.panel(self.args.max_steps), self.saved_where_possible():
             while self.step < self.args.max_steps:
-                if self.step % self.args.updates_per_collect == 0:
+                if self.step % self.args.updates_per_collect == 0 and self.collected_at < self.step:
                     if self.step > 0 and self.budget_left == 0 and self.args.max_scored_completions:
                         break
                     self.collect()
 
                 batches = [self.sample() for _ in range(self.args.gradient_accumulation_steps)]
-                td_targets = [self.td_target(batch) for batch in batches]
-                self.update(batches, td_targets)
+                self.learn_from(batches)
 
                 self.step += 1
                 if self.step % self.args.target_sync_steps == 0:
@@ -124,16 +158,19 @@ class DQNTrainer:
                     )
                     raise SystemExit(stop.exit_code)
             self.save_checkpoint()
-        self.save_model()
-        return self.evaluate()
 
     def collect(self) -> None:
         """The behaviour policy writes, the rewards judge whole completions, the replay remembers all their prefixes."""
         for _ in range(MAX_EMPTY_COLLECTS):
             if self.budget_left == 0:
                 break
-            started = time.perf_counter()
-            episodes = self.score(self.rollout())
+            started, before = time.perf_counter(), self.parts.stream.state_dict()
+            try:
+                written, episodes = self.processes.agree(self.write_and_score)
+            except StepFailed:
+                self.parts.stream.load_state_dict(before)  # the same prompts come again
+                raise
+            self.scored_completions += int(self.parts.total(written))
             self.replay.add(episodes)
             self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step)
             if self.parts.total(len(self.replay) < self.args.learning_starts) == 0:  # all processes go on together
@@ -143,6 +180,12 @@ class DQNTrainer:
         if self.step == 0:
             mean_reward = self.parts.total(self.replay.rewards.sum()) / self.parts.total(len(self.replay))
             self.network.start_values_at(float(mean_reward))
+        self.collected_at = self.step
+
+    def write_and_score(self) -> tuple[int, list[Episode]]:
+        """(how many completions were written, those that got a reward), on this process."""
+        episodes = self.rollout()
+        return len(episodes), self.score(episodes)
 
     def rollout(self) -> list[Episode]:
         """Fresh completions by the epsilon-greedy behaviour policy."""
@@ -150,11 +193,14 @@ class DQNTrainer:
         prompts = self.parts.stream.next_batch(-(-args.prompts_per_collect // share))[: self.budget_left]
         policy = BehaviourPolicy(args.temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
         seed = self.seed_for(COLLECT, self.scored_completions)
-        return rollout(self.parts.writer, prompts, policy, seed, policy_version=self.step)
+
+        def attempt(rows: int) -> list[Episode]:
+            return rollout(self.writer(rows), prompts, policy, seed, policy_version=self.step)
+
+        return self.writing.run(attempt, len(prompts))
 
     def score(self, episodes: list[Episode]) -> list[Episode]:
         """What the rewards say; completions on which all of them abstained are left out."""
-        self.scored_completions += int(self.parts.total(len(episodes)))
         return evaluation.judged(self.parts.rewards, episodes)
 
     def sample(self) -> PrefixBatch:
@@ -171,28 +217,76 @@ class DQNTrainer:
         returns = self.parts.returns(batch, q)
         return TDTarget(returns, (returns - q.values) * batch.action_mask, q.taken)
 
+    def learn_from(self, batches: Sequence[PrefixBatch]) -> None:
+        """What Q should have been by the target network, and one step towards that; in halves when memory runs out."""
+
+        def attempt(rows: int) -> None:
+            torch.manual_seed(self.seed_for(DROPOUT, self.step))
+            self.parts.optimizer.zero_grad()  # of an attempt that ran out of memory
+            parts = [part for batch in batches for part in batch.split(rows)]
+            self.update(parts, [self.td_target(part) for part in parts])
+
+        drawn = self.samples_drawn - len(batches)
+        try:
+            self.learning.run(attempt, self.args.per_device_train_batch_size)
+        except StepFailed:
+            self.samples_drawn = drawn  # the same episodes come again
+            raise
+
     def update(self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget]) -> None:
-        """One optimizer step on a mean over all action tokens of the batches, on all processes."""
+        """One optimizer step on a mean over all action tokens of the batches, on all processes.
+
+        It is left out, on all of them, when a loss or the gradient is not finite anywhere, or nothing is to be learned.
+        """
         count = self.parts.total(sum(batch.action_mask.sum() for batch in batches))
         weight = self.parts.total(sum(target.advantages.clamp(min=0).sum() for target in td_targets))
+        checked, outputs = [], []
         for batch, target in zip(batches, td_targets, strict=True):
-            loss = self.loss(batch, target, count, weight)
+            loss, q = self.loss(batch, target, count, weight)
             self.parts.accelerator.backward(loss * self.parts.accelerator.num_processes)  # gradients are averaged
+            checked.append(loss)
+            outputs.append(q)
         norm = self.parts.accelerator.clip_grad_norm_(self.parts.trainable, self.args.max_grad_norm)
-        self.parts.optimizer.step()
+        unusable = ~all_finite([norm, *checked]) | (count == 0)
+        if self.parts.total(unusable) == 0:
+            self.parts.optimizer.step()
+            self.nonfinite.passed()
+            self.learned(batches, td_targets, outputs, norm)
+        else:
+            self.nonfinite.skipped(self.step, self.blame(batches, td_targets, outputs))
         self.parts.scheduler.step()
         self.parts.optimizer.zero_grad()
-        self.logbook.add("train/grad_norm", norm)
 
-    def loss(self, batch: PrefixBatch, target: TDTarget, count: Tensor, weight: Tensor) -> Tensor:
-        """The TD loss of the online Q-values, and the terms beside it that the settings ask for."""
+    def learned(
+        self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget], outputs: Sequence[QOutput], norm: Tensor
+    ) -> None:
+        """Notes what an update saw, and how wrong Q was about each episode."""
+        self.logbook.add("train/grad_norm", norm)
+        for batch, target, q in zip(batches, td_targets, outputs, strict=True):
+            mask = batch.action_mask
+            self.logbook.updated(q, target, mask)
+            if self.args.prioritized:
+                errors = ((q.taken - target.returns).abs() * mask).sum(1) / mask.sum(1)
+                self.replay.update_priorities(batch.slots, errors.detach())
+
+    def blame(self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget], outputs: Sequence[QOutput]) -> str:
+        """Which episodes a step failed on, in words."""
+        slots: list[int] = []
+        for batch, target, q in zip(batches, td_targets, outputs, strict=True):
+            rows = faulty_rows([q.taken, q.logprobs, target.returns], batch.action_mask)
+            slots += [int(batch.slots[row]) for row in rows]
+        everyone = self.processes.gather(sorted(set(slots)))
+        found = [f"{slots[:8]} of process {rank}" for rank, slots in enumerate(everyone) if slots]
+        if found:
+            return f"Q or its target is not finite for the replay's slots {', '.join(found)}"
+        drawn = sorted({int(slot) for batch in batches for slot in batch.slots})
+        return f"loss or gradient is not finite, or no token is left, in a batch of the replay's slots {drawn[:8]} ..."
+
+    def loss(self, batch: PrefixBatch, target: TDTarget, count: Tensor, weight: Tensor) -> tuple[Tensor, QOutput]:
+        """The TD loss with the terms beside it that the settings ask for, and the online Q-values behind it."""
         args, mask = self.args, batch.action_mask
         q = self.parts.model(batch)
         loss = self.parts.td_loss(q, target.returns, mask, count)
-        self.logbook.updated(q, target, mask)
-        if args.prioritized:
-            errors = ((q.taken - target.returns).abs() * mask).sum(1) / mask.sum(1)
-            self.replay.update_priorities(batch.slots, errors.detach())
         if args.advantage_weight > 0:
             raised = losses.advantage_weighted_nll(q.logprobs, target.advantages.clamp(min=0), mask, weight)
             loss = loss + args.advantage_weight * raised
@@ -201,7 +295,7 @@ class DQNTrainer:
         if args.cql_weight > 0:
             everything = self.network.conservative_term(batch)
             loss = loss + args.cql_weight * losses.conservative_loss(everything, q.taken, mask, count)
-        return loss
+        return loss, q
 
     # --- small questions that the loop asks -------------------------------------------------------------------------
 
@@ -222,14 +316,39 @@ class DQNTrainer:
         """A seed that no other purpose, step or process has."""
         return stream_seed(self.args.seed, *names, self.parts.accelerator.process_index)
 
+    def writer(self, rows: int) -> Writer:
+        """What writes completions, so many at a time at most."""
+        return replace(self.parts.writer, batch_size=rows)
+
     # --- starting, looking, keeping ---------------------------------------------------------------------------------
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, allow_changes: Sequence[str] = ()) -> None:
         """Opens the run folder, goes on from its newest checkpoint when asked, and has writer and learner compared."""
-        found = self.logbook.open(resume)
+
+        def accept(state: dict[str, Any]) -> None:
+            for line in recipe_changes.changes(state["recipe"], self.settings, allow_changes):
+                self.logbook.say(f"changed: {line}")
+
+        found = self.logbook.open(resume, accept)
         if found is not None:
             self.load_state(*found)
         verify_generator(self.parts.writer, self.parts.eval_prompts)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe's settings by dotted key, as a checkpoint keeps them."""
+        return recipe_changes.settings(self.logbook.recipe_text)
+
+    @contextmanager
+    def saved_where_possible(self) -> Iterator[None]:
+        """Saves when a step cannot be finished and everything before it is whole; then the error goes on."""
+        try:
+            yield
+        except StepFailed:
+            if self.processes.together:
+                self.save_checkpoint()
+                self.logbook.say(f"saved at step {self.step}; the same command with --resume tries this step again")
+            raise
 
     def report(self, batches: Sequence[PrefixBatch]) -> None:
         """What falls due after a step: a line of metrics, an evaluation, a checkpoint."""
@@ -238,14 +357,21 @@ class DQNTrainer:
         if args.eval_steps and self.step % args.eval_steps == 0:
             verify_generator(self.parts.writer, self.parts.eval_prompts)
             prompts = self.parts.eval_prompts[: args.eval_prompts]
-            measured = evaluation.measure(self.parts.writer, prompts, self._judge, [self.seed_for(EVALUATE)])
+
+            def attempt(rows: int) -> evaluation.Measured:
+                return evaluation.measure(self.writer(rows), prompts, self._judge, [self.seed_for(EVALUATE)])
+
+            measured = self.processes.agree(lambda: self.writing.run(attempt, len(prompts)))
             for name in ("reward", "reward_greedy"):
                 if measured.figures[name] is not None:
                     self.logbook.add(f"eval/{name}", measured.figures[name])
         if self.step % args.logging_steps == 0 or last:
             kl = self.network.kl(batches[-1].tokens).sum() / batches[-1].action_mask.sum()
             facts = {"rollout/epsilon": self.epsilon, "replay/episodes": len(self.replay), "train/kl": float(kl)}
-            self.logbook.write(self.step, self.scored_completions, facts)
+            facts["train/nonfinite_steps"] = self.nonfinite.total
+            line = self.logbook.write(self.step, self.scored_completions, facts)
+            self.q_alarm.seen(self.replay.rewards)
+            self.q_alarm.look(self.step, line.get("train/q_max"))
         if args.save_steps and self.step % args.save_steps == 0 and not last:
             self.save_checkpoint()
 
@@ -268,9 +394,16 @@ class DQNTrainer:
         folder = None if output_dir is None else Path(output_dir)
         return self.logbook.save_policy(self.network, self.parts.writer.tokenizer, folder)
 
-    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
-        """Saves the adapter and uploads it, private unless said otherwise; returns the address of the commit."""
-        return upload(self.save_model(), repo_id, private)
+    def push_to_hub(self, repo_id: str, private: bool = True, base_model: str | None = None) -> str:
+        """Saves the policy and uploads it as `llm-dqn push` does; returns the address of the commit.
+
+        base_model: Hub id of a base model that was loaded from a folder. Raises UserError and HubError as `push` does.
+        """
+        self.save_model()
+        if not self.logbook.main:
+            return ""
+        say = self.logbook.say
+        return push(self.args.output_dir, repo_id, public=not private, base_model=base_model, say=say)
 
     def save_checkpoint(self) -> None:
         """Writes everything that makes the run continue exactly; does nothing when this step is saved already."""
@@ -280,6 +413,9 @@ class DQNTrainer:
         """Counters of a checkpoint, as plain JSON. They key all random streams, which need no state of their own."""
         return {
             "step": self.step,
+            "collected_at": self.collected_at,
+            "nonfinite_steps": self.nonfinite.total,
+            "recipe": self.settings,
             "scored_completions": self.scored_completions,
             "samples_drawn": self.samples_drawn,
             "prompts": self.parts.stream.state_dict(),
@@ -298,15 +434,31 @@ class DQNTrainer:
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """The reverse of `state` and `tensors`."""
-        rank, world = self.parts.accelerator.process_index, self.parts.accelerator.num_processes
-        written_by = sum(name.startswith("replay-") for name in tensors)
-        if written_by != world:
-            raise UserError(f"the checkpoint is one of {written_by} processes, and {world} run; resume with as many")
-        self.network.load_checkpoint_state(tensors["network"])
-        checkpoint.load_optimizer(self.parts.optimizer, tensors["optimizer"])
-        self.replay.load_arrays(checkpoint.as_arrays(tensors[f"replay-{rank:05d}"]))
-        self.step, self.scored_completions = state["step"], state["scored_completions"]
-        self.samples_drawn = state["samples_drawn"]
+        try:
+            self.network.load_checkpoint_state(tensors["network"])
+            checkpoint.load_optimizer(self.parts.optimizer, tensors["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint does not fit the model, adapter or Q-head of this recipe: {error}"
+            ) from error
+        self.load_replay(
+            [checkpoint.as_arrays(tensors[name]) for name in sorted(tensors) if name.startswith("replay-")]
+        )
+        self.step, self.collected_at = state["step"], state["collected_at"]
+        self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
+        self.nonfinite.total = state["nonfinite_steps"]
         self.parts.stream.load_state_dict(state["prompts"])
-        self.parts.scheduler.load_state_dict(state["scheduler"])
+        restore_schedule(self.parts.scheduler, state["scheduler"])
         self.logbook.load_state(state["logbook"], self.step)
+
+    def load_replay(self, shards: Sequence[dict[str, np.ndarray]]) -> None:
+        """Takes this process's episodes from a checkpoint of as many processes, or a share of those of more or fewer."""
+        rank, world = self.processes.rank, self.processes.world
+        if len(shards) == world:
+            self.replay.load_arrays(shards[rank])
+            return
+        self.replay.load_arrays(dealt(shards, rank, world))
+        self.logbook.say(
+            f"the checkpoint is one of {len(shards)} processes, and {world} run: its episodes are dealt out anew, a learner "
+            f"step now sees {world / len(shards):g} times as many, and the run is not the one it would have been"
+        )

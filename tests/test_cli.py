@@ -147,7 +147,7 @@ def test_check_tells_problems_of_the_recipe_and_of_what_it_names_together(
 ) -> None:
     seen: list[Recipe] = []
 
-    def preflight(recipe: Recipe) -> tuple[list, list[str]]:
+    def preflight(recipe: Recipe, run_code: bool) -> tuple[list, list[str]]:
         seen.append(recipe)
         return [recipe.problem("data.prompt_column", "no such column")], ["model: 1 M parameters"]
 
@@ -167,7 +167,7 @@ def test_check_tells_problems_of_the_recipe_and_of_what_it_names_together(
 
 
 def test_check_says_ok(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("llm_dqn.preflight.preflight", lambda recipe: ([], ["model: 1 M parameters"]))
+    monkeypatch.setattr("llm_dqn.preflight.preflight", lambda recipe, run_code: ([], ["model: 1 M parameters"]))
     assert run("check", "quickstart") == 0
     assert capsys.readouterr().out == "model: 1 M parameters\nok\n"
 

@@ -215,7 +215,7 @@ def test_too_long_prompts(tokenizer: PreTrainedTokenizerFast, caplog: pytest.Log
     assert rows[1]["prompt"].endswith(short.text)
     assert short.prompt == short.text  # rewards see what the model continued
     assert "shortened at their start" in caplog.text
-    with pytest.raises(UserError, match="no prompt has at most max_prompt_length=1 tokens"):
+    with pytest.raises(UserError, match=r"no prompt has at most 1 tokens \(max_prompt_length=1\)"):
         load(rows[1:], tokenizer, max_prompt_length=1, too_long="drop")
     with pytest.raises(UserError, match="too_long: 'cut' is not one of"):
         load(rows, tokenizer, too_long="cut")

@@ -222,10 +222,9 @@ def test_padding_is_a_reserved_token_or_else_eos() -> None:
 def test_tokenizer_loads_with_padding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny_models.tokenizer(pad=False).save_pretrained(tmp_path)
     SMALL_LLAMA.save_pretrained(tmp_path)
-    with caplog.at_level("INFO", logger="llm_dqn"):
-        tokenizer = models.load_tokenizer(str(tmp_path))
+    tokenizer = models.load_tokenizer(str(tmp_path))
     assert tokenizer.pad_token == tokenizer.eos_token
-    assert "has no padding token; '<eos>' is used" in caplog.text
+    assert "has no padding token: <eos> pads; padding is masked" in caplog.text
 
 
 def test_stop_tokens_of_all_three_places(tiny_llama_path: str) -> None:

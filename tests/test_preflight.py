@@ -146,7 +146,8 @@ def test_rewards_are_asked_for_their_columns_even_without_the_model(folder: Path
     text = GOOD.replace("models/tiny", "someone/model").replace("scores.py:length", "scores.py:right")
     problems, lines = check(folder, text)
     assert len(problems) == 1
-    assert problems[0].startswith(":6: reward.funcs: the reward 'right' needs 'answer', which is no column of the data")
+    assert problems[0].startswith(":6: reward.funcs: the reward 'right' needs 'answer', which is no column of ")
+    assert "/data/prompts.jsonl (it gets: " in problems[0]
     assert "  model someone/model" in lines
 
 
