@@ -96,6 +96,8 @@ class AdapterRoles:
             self.has_target = False
             return
         config.task_type = config.task_type or "CAUSAL_LM"
+        # a base from the Hub is opened again at the commit that was tuned, however its branch moves on
+        config.revision = config.revision or getattr(model.config, "_commit_hash", None)
         self.model = get_peft_model(model, config)
         self.has_target = target == "adapter"
         if self.has_target:

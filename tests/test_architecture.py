@@ -15,14 +15,15 @@ cli
 doctor preflight inference merge
 trainer
 inputs
-assembly logbook
-evaluation scoring checkpoint launch hub card opening
+assembly logbook hub
+bundle
+evaluation scoring checkpoint launch card opening
 rollout strength
 network rewards
 adapters policy replay data metrics console reward_functions
 heads states token_texts heatmap episode_store reward_model reward_worker isolation
 tables models pages
-targets losses schedules recipe charts statistics references processes memory numerics
+targets losses schedules recipe charts statistics references processes memory numerics resume
 offline recipe_changes
 recipe_problems recipe_sections shipped
 recipe_yaml lock
@@ -38,7 +39,18 @@ KEPT_IN = {
     "rich": {"console"},
 }
 # files that may know configuration objects; all others take plain arguments
-KNOW_CONFIGURATION = {"__init__", "cli", "trainer", "inputs", "assembly", "preflight", "inference", "doctor", "opening"}
+KNOW_CONFIGURATION = {
+    "__init__",
+    "cli",
+    "trainer",
+    "inputs",
+    "assembly",
+    "preflight",
+    "inference",
+    "doctor",
+    "opening",
+    "bundle",
+}
 RECIPE_FILES = {"recipe_changes", "offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
 PURE = {"targets", "losses", "schedules", "types"}
 
