@@ -1,8 +1,7 @@
 """What a run leaves behind: its folder, its lines of metrics, its samples, its adapter, and what people see of it."""
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from llm_dqn import __version__, card, checkpoint
 from llm_dqn.console import Console
 from llm_dqn.errors import RunError
 from llm_dqn.evaluation import side_by_side
+from llm_dqn.lock import RunLock
 from llm_dqn.metrics import MetricsLog, close_trackers, open_trackers
 from llm_dqn.network import QNetwork
 from llm_dqn.types import Episode, QOutput, TDTarget
@@ -48,17 +48,25 @@ class Logbook:
         self.main = accelerator.is_main_process
         self.console = Console(enabled=self.main)
         self.metrics = MetricsLog(folder / "metrics.jsonl", accelerator)
+        self.lock = RunLock(folder)
         self.sampled = 0  # lines in samples.jsonl
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
-    def open(self, resume: bool) -> Found | None:
-        """Prepares the folder; with `resume`, what the newest complete checkpoint holds, None when there is none."""
+    def open(self, resume: bool, accept: Callable[[dict[str, Any]], None]) -> Found | None:
+        """Prepares the folder; with `resume`, what the newest complete checkpoint holds, None when there is none.
+
+        accept: sees the state in the checkpoint before anything is written, and raises when the run cannot go on from
+        it. Raises UserError when another run is in the folder.
+        """
+        if self.main:
+            self.lock.acquire()
         found = self._newest() if resume else None
+        if found is not None:
+            accept(found[0])
         if self.main:
             if found is None:
                 self._move_earlier_run_aside()
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "recipe.yaml").write_text(_versions() + self.recipe_text, encoding="utf-8")
         self.accelerator.wait_for_everyone()
         open_trackers(self.accelerator, self.trackers, self.run_name or self.folder.name, self.folder)
@@ -82,8 +90,12 @@ class Logbook:
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.earlier-{number}")).exists():
             number += 1
-        os.replace(self.folder, aside)
+        self.lock.move_folder(aside)
         self.console.say(f"{self.folder} held an earlier run: moved to {aside}")
+
+    def close(self) -> None:
+        """Lets other runs into the folder."""
+        self.lock.release()
 
     @contextmanager
     def panel(self, total_steps: int) -> Iterator[None]:
@@ -138,6 +150,7 @@ class Logbook:
         tokens = mask.sum()
         for name, values in facts.items():
             self.metrics.add(name, (values * mask).sum() / tokens, weight=tokens)
+        self.metrics.add_peak("train/q_max", (q.taken * mask).abs().max())
 
     def add(self, name: str, value: Tensor | float) -> None:
         """One more value of a metric, averaged until the next line."""
@@ -147,10 +160,11 @@ class Logbook:
         """Moves the bar; costs nothing."""
         self.console.progress(step)
 
-    def write(self, step: int, scored_completions: int, facts: dict[str, Any]) -> None:
-        """One line of metrics, to the file, the trackers and the screen."""
+    def write(self, step: int, scored_completions: int, facts: dict[str, Any]) -> dict[str, Any]:
+        """One line of metrics, to the file, the trackers and the screen; returns it."""
         line = self.metrics.log(step, {"scored_completions": scored_completions, **facts})
         self.console.update(line)
+        return line
 
     # --- keeping ----------------------------------------------------------------------------------------------------
 

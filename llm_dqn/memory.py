@@ -26,26 +26,29 @@ class MicroBatch:
         self.size, self.work, self.cure, self.say = size, work, cure, say
         self.may_halve = may_halve
 
-    def run(self, work: Callable[[int], T]) -> T:
-        """`work(size)`; when memory runs out, again with half the size. Raises OutOfMemory when that is too much."""
+    def run(self, work: Callable[[int], T], rows: int) -> T:
+        """`work(size)` on so many rows; when memory runs out, again with half the size.
+
+        Raises OutOfMemory when that, too, is more than there is.
+        """
         while True:
             try:
                 return work(self.size)
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
-                self._halve(str(error))
+                self._halve(min(self.size, rows), str(error))
             # only here, where the error no longer holds on to the tensors of what failed, can memory be freed
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
 
-    def _halve(self, reason: str) -> None:
-        if not self.may_halve or self.size == 1:
-            reason = reason.splitlines()[0] if reason else "no reason given"
-            raise OutOfMemory(f"out of memory while {self.work}, {self.size} rows at a time ({reason}); {self.cure}")
-        self.say(f"out of memory while {self.work}, {self.size} rows at a time: from now on {self.size // 2}")
-        self.size, self.may_halve = self.size // 2, False
+    def _halve(self, rows: int, reason: str) -> None:
+        if not self.may_halve or rows == 1:
+            first = reason.splitlines()[0] if reason else "no reason given"
+            raise OutOfMemory(f"out of memory while {self.work}, {rows} rows at a time ({first}); {self.cure}")
+        self.say(f"out of memory while {self.work}, {rows} rows at a time: from now on {rows // 2}")
+        self.size, self.may_halve = rows // 2, False
 
 
 def ran_out(error: BaseException) -> bool:

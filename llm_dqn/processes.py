@@ -62,11 +62,15 @@ class Processes:
                 self.gather(None)
             elif isinstance(error, Exception):
                 raise self._failed(error) from error
-            elif isinstance(error, Stopped) and self._awaited() is not None:
-                # a launcher that loses one process asks the others to stop
-                raise _error_of(self._known)  # type: ignore[arg-type]
+            elif isinstance(error, Stopped) and (failure := self._awaited()) is not None:
+                raise _error_of(failure)  # a launcher that loses one process asks the others to stop
         finally:
             self._leave()
+
+    @property
+    def together(self) -> bool:
+        """Whether all processes are at the same place and may still work together, though something failed."""
+        return self.world == 1 or self._agreed
 
     # --- agreeing ---------------------------------------------------------------------------------------------------
 
@@ -180,7 +184,7 @@ class Processes:
         mine = json.dumps([kind, message])
         try:
             assert self._store is not None
-            return tuple(json.loads(self._store.compare_set(_FAILURE, "", mine)))  # type: ignore[return-value]
+            return tuple(json.loads(self._store.compare_set(_FAILURE, "", mine)))
         except RuntimeError:  # process 0 took the store with it
             return kind, message
 

@@ -12,29 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_dqn import checkpoint, evaluation, losses, recipe_changes
-from llm_dqn.assembly import (
-    Inputs,
-    assemble,
-    recipe_text,
-    stream_seed,
-    trackers,
-    with_learning_rate,
-)
+from llm_dqn import checkpoint, evaluation, recipe_changes
+from llm_dqn.assembly import Inputs, assemble, recipe_text, stream_seed, trackers, with_learning_rate
 from llm_dqn.errors import RunError, StepFailed, UserError
 from llm_dqn.hub import push
 from llm_dqn.inputs import inputs_from_python, inputs_of
+from llm_dqn.learner import Learner
 from llm_dqn.lock import refuse_if_running
 from llm_dqn.logbook import Logbook
 from llm_dqn.memory import MicroBatch
-from llm_dqn.numerics import NonFiniteSteps, QAlarm, all_finite, faulty_rows
+from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.processes import Processes
 from llm_dqn.recipe import DQNConfig, Recipe
-from llm_dqn.resume import dealt, restore_schedule
+from llm_dqn.resume import DEALT, dealt, restore_schedule
 from llm_dqn.rollout import Writer, rollout, verify_generator
 from llm_dqn.signals import StopRequest
-from llm_dqn.types import Episode, PrefixBatch, QOutput, TDTarget
+from llm_dqn.types import Episode, PrefixBatch, TDTarget
 
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
@@ -108,6 +102,17 @@ class DQNTrainer:
             parts.accelerator.process_index, parts.accelerator.num_processes, parts.network.device
         )
         self.nonfinite = NonFiniteSteps(args.max_nonfinite_steps, say)
+        self.learner = Learner(
+            parts,
+            self.logbook,
+            self.processes,
+            self.nonfinite,
+            max_grad_norm=args.max_grad_norm,
+            prioritized=args.prioritized,
+            advantage_weight=args.advantage_weight,
+            expectile=args.expectile,
+            cql_weight=args.cql_weight,
+        )
         self.q_alarm = QAlarm(args.beta, say)
         shorter = "set rollout.max_completion_length or data.max_prompt_length lower"
         self.writing = MicroBatch(parts.writer.batch_size, "writing completions", shorter, say)
@@ -176,7 +181,8 @@ class DQNTrainer:
             if self.parts.total(len(self.replay) < self.args.learning_starts) == 0:  # all processes go on together
                 break
         if self.parts.total(len(self.replay) == 0) > 0:
-            raise RunError(f"nothing to learn from: {self.scored_completions} completions scored, no reward among them")
+            said = f"{self.scored_completions} completions scored, no reward among them"
+            raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
             mean_reward = self.parts.total(self.replay.rewards.sum()) / self.parts.total(len(self.replay))
             self.network.start_values_at(float(mean_reward))
@@ -234,68 +240,8 @@ class DQNTrainer:
             raise
 
     def update(self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget]) -> None:
-        """One optimizer step on a mean over all action tokens of the batches, on all processes.
-
-        It is left out, on all of them, when a loss or the gradient is not finite anywhere, or nothing is to be learned.
-        """
-        count = self.parts.total(sum(batch.action_mask.sum() for batch in batches))
-        weight = self.parts.total(sum(target.advantages.clamp(min=0).sum() for target in td_targets))
-        checked, outputs = [], []
-        for batch, target in zip(batches, td_targets, strict=True):
-            loss, q = self.loss(batch, target, count, weight)
-            self.parts.accelerator.backward(loss * self.parts.accelerator.num_processes)  # gradients are averaged
-            checked.append(loss)
-            outputs.append(q)
-        norm = self.parts.accelerator.clip_grad_norm_(self.parts.trainable, self.args.max_grad_norm)
-        unusable = ~all_finite([norm, *checked]) | (count == 0)
-        if self.parts.total(unusable) == 0:
-            self.parts.optimizer.step()
-            self.nonfinite.passed()
-            self.learned(batches, td_targets, outputs, norm)
-        else:
-            self.nonfinite.skipped(self.step, self.blame(batches, td_targets, outputs))
-        self.parts.scheduler.step()
-        self.parts.optimizer.zero_grad()
-
-    def learned(
-        self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget], outputs: Sequence[QOutput], norm: Tensor
-    ) -> None:
-        """Notes what an update saw, and how wrong Q was about each episode."""
-        self.logbook.add("train/grad_norm", norm)
-        for batch, target, q in zip(batches, td_targets, outputs, strict=True):
-            mask = batch.action_mask
-            self.logbook.updated(q, target, mask)
-            if self.args.prioritized:
-                errors = ((q.taken - target.returns).abs() * mask).sum(1) / mask.sum(1)
-                self.replay.update_priorities(batch.slots, errors.detach())
-
-    def blame(self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget], outputs: Sequence[QOutput]) -> str:
-        """Which episodes a step failed on, in words."""
-        slots: list[int] = []
-        for batch, target, q in zip(batches, td_targets, outputs, strict=True):
-            rows = faulty_rows([q.taken, q.logprobs, target.returns], batch.action_mask)
-            slots += [int(batch.slots[row]) for row in rows]
-        everyone = self.processes.gather(sorted(set(slots)))
-        found = [f"{slots[:8]} of process {rank}" for rank, slots in enumerate(everyone) if slots]
-        if found:
-            return f"Q or its target is not finite for the replay's slots {', '.join(found)}"
-        drawn = sorted({int(slot) for batch in batches for slot in batch.slots})
-        return f"loss or gradient is not finite, or no token is left, in a batch of the replay's slots {drawn[:8]} ..."
-
-    def loss(self, batch: PrefixBatch, target: TDTarget, count: Tensor, weight: Tensor) -> tuple[Tensor, QOutput]:
-        """The TD loss with the terms beside it that the settings ask for, and the online Q-values behind it."""
-        args, mask = self.args, batch.action_mask
-        q = self.parts.model(batch)
-        loss = self.parts.td_loss(q, target.returns, mask, count)
-        if args.advantage_weight > 0:
-            raised = losses.advantage_weighted_nll(q.logprobs, target.advantages.clamp(min=0), mask, weight)
-            loss = loss + args.advantage_weight * raised
-        if args.expectile is not None:
-            loss = loss + losses.expectile_loss(q.values, target.q_taken, mask, count, args.expectile)
-        if args.cql_weight > 0:
-            everything = self.network.conservative_term(batch)
-            loss = loss + args.cql_weight * losses.conservative_loss(everything, q.taken, mask, count)
-        return loss, q
+        """One optimizer step on a mean over all action tokens of the batches, on all processes."""
+        self.learner.update(self.step, batches, td_targets)
 
     # --- small questions that the loop asks -------------------------------------------------------------------------
 
@@ -441,24 +387,13 @@ class DQNTrainer:
             raise UserError(
                 f"the checkpoint does not fit the model, adapter or Q-head of this recipe: {error}"
             ) from error
-        self.load_replay(
-            [checkpoint.as_arrays(tensors[name]) for name in sorted(tensors) if name.startswith("replay-")]
-        )
+        shards = [checkpoint.as_arrays(tensors[name]) for name in sorted(tensors) if name.startswith("replay-")]
+        self.replay.load_arrays(dealt(shards, self.processes.rank, self.processes.world))
+        if len(shards) != self.processes.world:
+            self.logbook.say(DEALT.format(then=len(shards), now=self.processes.world))
         self.step, self.collected_at = state["step"], state["collected_at"]
         self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
         self.nonfinite.total = state["nonfinite_steps"]
         self.parts.stream.load_state_dict(state["prompts"])
         restore_schedule(self.parts.scheduler, state["scheduler"])
         self.logbook.load_state(state["logbook"], self.step)
-
-    def load_replay(self, shards: Sequence[dict[str, np.ndarray]]) -> None:
-        """Takes this process's episodes from a checkpoint of as many processes, or a share of those of more or fewer."""
-        rank, world = self.processes.rank, self.processes.world
-        if len(shards) == world:
-            self.replay.load_arrays(shards[rank])
-            return
-        self.replay.load_arrays(dealt(shards, rank, world))
-        self.logbook.say(
-            f"the checkpoint is one of {len(shards)} processes, and {world} run: its episodes are dealt out anew, a learner "
-            f"step now sees {world / len(shards):g} times as many, and the run is not the one it would have been"
-        )

@@ -12,10 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "llm_dqn"
 LAYERS = """
 __main__
 cli
-doctor preflight inference merge
+cli_replay
+doctor preflight inference merge replay_export replay_statistics
 trainer
+learner
 inputs
-assembly logbook hub
+assembly logbook hub replay_browser
 bundle
 evaluation scoring checkpoint launch card opening
 rollout strength
@@ -35,7 +37,7 @@ LEVEL = {name: -depth for depth, line in enumerate(LAYERS.split("\n")) for name 
 KEPT_IN = {
     "peft": {"adapters", "network", "hub", "merge"},
     "accelerate": {"assembly", "checkpoint", "launch", "logbook", "metrics", "trainer"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_replay"},
     "rich": {"console"},
 }
 # files that may know configuration objects; all others take plain arguments
@@ -50,6 +52,7 @@ KNOW_CONFIGURATION = {
     "doctor",
     "opening",
     "bundle",
+    "replay_browser",
 }
 RECIPE_FILES = {"recipe_changes", "offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
 PURE = {"targets", "losses", "schedules", "types"}
