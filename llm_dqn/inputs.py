@@ -10,7 +10,7 @@ from typing import Any
 from llm_dqn import data, models
 from llm_dqn.adapters import LoraConfig, lora_config
 from llm_dqn.assembly import Inputs, base_model_of, data_sources, held_out, logged_rows, rewards_of, settings_of
-from llm_dqn.errors import NotReachable, UserError
+from llm_dqn.errors import UserError
 from llm_dqn.recipe import DQNConfig, Recipe, RecipeError, mislaid, resolve_path, with_resolved_paths
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.shipped import similar_nearby
@@ -68,7 +68,7 @@ def reason(error: UserError, source: str | None, folder: Path | None = None) -> 
     """Why something could not be opened: a path that was mistyped is told as that."""
     if source is None:
         return str(error)
-    near = similar_nearby(source, folder) if isinstance(error, NotReachable) else ""
+    near = "" if "did you mean" in str(error) else similar_nearby(source, folder)
     return mislaid(source, folder) or f"{error}{near}"
 
 

@@ -65,7 +65,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         if candidate is not None:
             tokenizer.pad_token = candidate
             masked = "; padding is masked, so ends are still learned" if candidate == tokenizer.eos_token else ""
-            logger.warning("the tokenizer of '%s' has no padding token: %s pads%s", path, candidate, masked)
+            logger.warning("the tokenizer of '%s' has no padding token: %s is used%s", path, candidate, masked)
             return
 
 
@@ -313,8 +313,10 @@ def verify_head_shortcut(model: PreTrainedModel) -> None:
         model.train(training)
     if not logits.isfinite().all():
         broken = [key for key, weight in model.named_parameters() if not weight.isfinite().all()][:3]
-        said = f": {', '.join(broken)} hold values that are not finite numbers" if broken else " from finite weights"
-        raise UserError(f"{name} gives predictions that are not finite numbers{said}")
+        said = (
+            f"its weights are damaged ({', '.join(broken)})" if broken else "its weights are finite; try another dtype"
+        )
+        raise UserError(f"{name} predicts NaN or infinity: {said}")
     tolerance = (1e-5 if ours.dtype == torch.float32 else 2e-2) * max(1.0, logits.abs().max().item())
     difference = (ours - logits).abs().max().item()
     if not difference <= tolerance:

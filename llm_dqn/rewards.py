@@ -222,6 +222,11 @@ class Rewards:
                 self._constant_batches,
             )
 
+    @property
+    def silence(self) -> str:
+        """Why completions have no reward."""
+        return self.last_fault or "every reward function abstained (None) on every one"
+
     def close(self) -> None:
         """Ends the processes of functions with a timeout; they start again when needed."""
         for caller in self._callers:

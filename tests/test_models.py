@@ -224,7 +224,7 @@ def test_tokenizer_loads_with_padding(tmp_path: Path, caplog: pytest.LogCaptureF
     SMALL_LLAMA.save_pretrained(tmp_path)
     tokenizer = models.load_tokenizer(str(tmp_path))
     assert tokenizer.pad_token == tokenizer.eos_token
-    assert "has no padding token: <eos> pads; padding is masked" in caplog.text
+    assert "has no padding token: <eos> is used; padding is masked" in caplog.text
 
 
 def test_stop_tokens_of_all_three_places(tiny_llama_path: str) -> None:
