@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from llm_dqn import cli_replay
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.signals import Stopped, leave
 from llm_dqn.terminal import HarmlessHandler, harmless
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The shipped recipes.", invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(cli_replay.app, name="replay")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[

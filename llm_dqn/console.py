@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, Group, RenderableType
 from rich.live import Live
@@ -186,6 +187,24 @@ class Console:
         for note in report.get("notes", ()):
             self.say(f"note: {note}")
 
+    def episodes(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One line an episode of a replay buffer, as of `replay_export.rows`; facts that are all alike are left out.
+
+        Texts are cropped to the width: of a prompt the end is shown, of a completion the start.
+        """
+        varied = [name for name in ("process", "source", "ended") if len({row[name] for row in rows}) > 1]
+        measured = ["td_error"] if any(row["td_error"] is not None for row in rows) else []
+        table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1, 0, 0))
+        for name in ("slot", "reward", *measured, "age", *varied, "tokens"):
+            table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+        table.add_column("prompt", ratio=2, no_wrap=True)
+        table.add_column("completion", ratio=3, no_wrap=True, overflow="ellipsis")
+        for row in rows:
+            facts = [str(row["slot"]), form(row["reward"], ".3f"), *(form(row[name], ".3g") for name in measured)]
+            facts += [str(row["age"]), *(str(row[name]) for name in varied), str(len(row["completion_ids"]))]
+            table.add_row(*facts, _End(one_line(row["prompt"])), Text(one_line(row["completion"]).strip()))
+        self.rich.print(table)
+
     def _side_by_side(self, samples: Sequence[Mapping[str, Any]]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, show_lines=True, expand=True)
         for name in ("prompt", "base model writes", "tuned model writes"):
@@ -216,6 +235,23 @@ class Console:
             f"  llm-dqn generate {typed} --prompts FILE --output FILE    let it write\n"
             f"  llm-dqn evaluate {typed}    measure it again"
         )
+
+
+class _End:
+    """A line of text of which the end is shown where there is no room for all of it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[Text]:
+        cut, room = 0, options.max_width
+        if cell_len(self.text) > room:
+            widths = [cell_len(character) for character in self.text]
+            left = sum(widths)
+            while left > room - 1 and cut < len(widths):
+                left -= widths[cut]
+                cut += 1
+        yield Text("…" * bool(cut) + self.text[cut:], no_wrap=True, overflow="crop")
 
 
 def _strength_table(points: Sequence[Mapping[str, Any]]) -> Table:

@@ -141,6 +141,12 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, chat:
     return encoded
 
 
+def prompt_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The reverse of `encode_texts`: without the special token that the tokenizer puts first by itself."""
+    starts = len(ids) > 0 and ids[0] == tokenizer.bos_token_id and tokenizer("a").input_ids[:1] == [ids[0]]
+    return tokenizer.decode(list(ids)[starts:], skip_special_tokens=False)
+
+
 def _check_ids(place: str, column: str, value: Any, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
     meaningful = [token for token in ids if token not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
     if not meaningful and not isinstance(value, list):
@@ -283,13 +289,15 @@ def load_logged(
 
     A completion that ended by itself gets the end-of-sequence token. One of more than `max_completion_length` tokens
     is an error, or is dropped by all other rules: its reward was paid for the whole of it. Together with its prompt it
-    must fit into the model's `context`.
+    must fit into the model's `context`. Columns prompt_ids and completion_ids, as `llm-dqn replay export` writes them,
+    are taken instead of tokenising again where they spell the texts: a model may have written other tokens.
     """
     table = read_table(source, split)
     for column in (prompt_column, "completion", "reward"):
         table.require(column, "prompt_column" if column == prompt_column else "the column's name in the file")
     limit = _limit(max_prompt_length, None)
-    prompts = _fit(table, _tokenise(table, prompt_column, tokenizer), tokenizer, limit, too_long)
+    tokenised = [_with_given_ids(prompt, tokenizer) for prompt in _tokenise(table, prompt_column, tokenizer)]
+    prompts = _fit(table, tokenised, tokenizer, limit, too_long)
     rows = []
     over = 0
     for (place, row), prompt in zip(numbered(table), prompts, strict=True):
@@ -326,12 +334,25 @@ def _logged_row(place: str, row: Row, prompt: Prompt, tokenizer: PreTrainedToken
     ended: Any = row.get("ended") or "eos"
     if ended not in ("eos", "length"):
         raise UserError(f"{place}: column 'ended' is {ended!r}; expected 'eos' or 'length'")
-    ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [*ids, tokenizer.eos_token_id] if ended == "eos" else ids
+    ids = _token_ids(row.get("completion_ids"), tokenizer)
+    if not ids or tokenizer.decode(ids, skip_special_tokens=True) != completion:
+        ids = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [*ids, tokenizer.eos_token_id] if ended == "eos" else ids
     if not ids:
         raise UserError(f"{place}: the completion is empty and did not end, so it holds no action")
     columns = {name: value for name, value in prompt.columns.items() if name not in ("completion", "reward", "ended")}
     return LoggedRow(replace(prompt, columns=columns), completion, ids, _reward(place, row["reward"]), ended)
+
+
+def _with_given_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    ids = _token_ids(prompt.columns.get("prompt_ids"), tokenizer)
+    return replace(prompt, ids=ids) if ids and prompt_text(ids, tokenizer) == prompt.prompt else prompt
+
+
+def _token_ids(value: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A list of token ids of this tokenizer, or else nothing."""
+    whole = isinstance(value, list) and all(type(token) is int and 0 <= token < len(tokenizer) for token in value)
+    return list(value) if whole else []
 
 
 def _reward(place: str, value: Any) -> float:

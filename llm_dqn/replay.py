@@ -54,8 +54,8 @@ def prioritized(alpha: float = 0.6, half_life: float = 1000.0) -> SamplingRule:
     return sample
 
 
-_ENDED = ("eos", "length")
-_SOURCE = ("online", "logged")
+ENDED = ("eos", "length")
+SOURCES = ("online", "logged")
 
 
 class PrefixReplay:
@@ -119,9 +119,9 @@ class PrefixReplay:
             facts = {
                 "prompt_lengths": len(episode.prompt_ids),
                 "rewards": episode.reward,
-                "ended": _ENDED.index(episode.ended),
+                "ended": ENDED.index(episode.ended),
                 "versions": episode.policy_version,
-                "source": _SOURCE.index(episode.source),
+                "source": SOURCES.index(episode.source),
                 "priorities": fresh,
             }
             flat = {
@@ -155,7 +155,7 @@ class PrefixReplay:
 
     def _final_discounts(self, ended: np.ndarray) -> np.ndarray:
         """0 where nothing follows the last action: the one place where truncation and termination are told apart."""
-        goes_on = (ended == _ENDED.index("length")) & (self.truncated == "bootstrap")
+        goes_on = (ended == ENDED.index("length")) & (self.truncated == "bootstrap")
         return np.where(goes_on, self.gamma, 0.0)
 
     def update_priorities(self, slots: Tensor, td_errors: Tensor, drawn_at: int | None = None) -> None:
