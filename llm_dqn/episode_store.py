@@ -1,11 +1,14 @@
 """Where the replay keeps its episodes: facts in columns by slot, tokens in segments that a checkpoint writes once."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from llm_dqn.errors import RunError, UserError
+
+logger = logging.getLogger(__name__)
 
 # What is known of a stored episode, by slot: a column each. Starts are places in the arrays of its segment.
 COLUMNS: dict[str, type] = {
@@ -68,13 +71,12 @@ class EpisodeStore:
         if segment_size < 1:
             raise ValueError(f"segment_size must be at least 1 episode, got {segment_size}")
         self.capacity, self.segment_size, self.vocabulary = capacity, segment_size, vocabulary
-        self._clear(origin=0)
+        self._clear()
 
-    def _clear(self, origin: int) -> None:
+    def _clear(self) -> None:
         self.added = 0  # episodes ever added
-        self._origin = origin  # the number of the segment that holds the very first of them
         self._columns = {name: Growing(dtype) for name, dtype in COLUMNS.items()}
-        self._segments: dict[int, Segment] = {}
+        self._segments: dict[int, Segment] = {}  # the `n`-th episode lies in segment `n // segment_size`
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -99,7 +101,7 @@ class EpisodeStore:
 
     def flat(self, slots: np.ndarray, names: Iterable[str] = tuple(FLAT)) -> dict[str, np.ndarray]:
         """Tokens, log-probabilities of the episodes in `slots`, one behind the other."""
-        segments = [self._segments[key] for key in self._segment_of(self.numbers(slots)).tolist()]
+        segments = [self._segments[key] for key in (self.numbers(slots) // self.segment_size).tolist()]
         facts = self.rows(slots)
         joined: dict[str, np.ndarray] = {}
         for name in names:
@@ -112,7 +114,7 @@ class EpisodeStore:
 
     def put(self, facts: dict[str, Any], flat: dict[str, np.ndarray]) -> None:
         """Adds an episode: its columns but for lengths and places, which follow from its flat arrays."""
-        segment = self._segments.setdefault(self._segment_of(self.added), {n: Growing(d) for n, d in FLAT.items()})
+        segment = self._segments.setdefault(self.added // self.segment_size, {n: Growing(d) for n, d in FLAT.items()})
         places = {"token_starts": segment["tokens"].size, "action_starts": segment["ref_logprobs"].size}
         for name, values in flat.items():
             segment[name].extend(values)
@@ -127,22 +129,17 @@ class EpisodeStore:
         if self.added % self.segment_size == 0:
             for part in segment.values():
                 part.trim()
-        self._segments.pop(self._segment_of(self.added - len(self)) - 1, None)
-
-    def _segment_of(self, number: Any) -> Any:
-        """Which segment holds the episodes that were added as these numbers."""
-        return self._origin + number // self.segment_size
+        self._segments.pop((self.added - len(self)) // self.segment_size - 1, None)
 
     # --- to disk and back -------------------------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Everything as named arrays, which stay as they are while the store goes on; costs a copy of the columns.
 
-        Entries `segment-000012/NAME` belong to segment 12: as long as before means the same as before.
+        Entries `segment-000012/NAME` are views into segment 12: the same memory of the same length holds the same.
         """
         arrays = {
             "added": np.array([self.added]),
-            "origin": np.array([self._origin]),
             "segment_size": np.array([self.segment_size]),
             "vocabulary": np.frombuffer(self.vocabulary, np.uint8).copy(),
         }
@@ -164,15 +161,18 @@ class EpisodeStore:
                 f"{self.vocabulary.hex()[:12]}): their token ids would mean other words"
             )
         other = EpisodeStore(max(1, len(arrays["lengths"])), int(arrays["segment_size"][0]))
-        other.added, other._origin = int(arrays["added"][0]), int(arrays["origin"][0])
+        other.added = int(arrays["added"][0])
         other._columns = {name: Growing(dtype, arrays[name].copy()) for name, dtype in COLUMNS.items()}
         other._segments = _segments_in(arrays)
         here = other._checked()
+        if not here.all():
+            logger.warning(
+                "%d of %d stored episodes are left out: their segments are missing", (~here).sum(), len(here)
+            )
         if here.all() and other.segment_size == self.segment_size and len(other) == min(other.added, self.capacity):
-            self.added, self._origin = other.added, other._origin
-            self._columns, self._segments = other._columns, other._segments
+            self.added, self._columns, self._segments = other.added, other._columns, other._segments
         else:
-            self._clear(origin=other._segment_of(other.added - 1) + 1)  # no two segments ever have one number
+            self._clear()
             self._take_over(other, np.flatnonzero(here), first=0)
 
     def flat_arrays(self) -> dict[str, np.ndarray]:
@@ -191,7 +191,7 @@ class EpisodeStore:
         other._columns = {name: Growing(dtype, facts[name]) for name, dtype in COLUMNS.items()}
         other._segments = {0: {name: Growing(dtype, arrays[name]) for name, dtype in FLAT.items()}}
         other._checked()
-        self._clear(origin=0)
+        self._clear()
         self._take_over(other, np.arange(count), first=0 if count < min(added, self.capacity) else added - count)
 
     def _take_over(self, other: "EpisodeStore", slots: np.ndarray, first: int) -> None:
@@ -216,7 +216,7 @@ class EpisodeStore:
         actions = facts["lengths"] - facts["prompt_lengths"]
         if (actions < 1).any() or any((facts[name] < 0).any() for name in ("prompt_lengths", *PLACES)):
             raise _unusable("it holds lengths that cannot be")
-        keys = self._segment_of(self.numbers(np.arange(count)))
+        keys = self.numbers(np.arange(count)) // self.segment_size
         known = np.array(sorted(self._segments), dtype=np.int64)
         here = np.isin(keys, known)
         places = np.searchsorted(known, keys[here])

@@ -125,8 +125,7 @@ class AgainstAList(RuleBasedStateMachine):
     def lose_a_segment(self) -> None:
         arrays = self.replay.snapshot()
         lost = min(name.partition("/")[0] for name in arrays if name.startswith("segment-"))
-        size, origin = self.options["segment_size"], int(arrays["origin"][0])
-        end = (int(lost.partition("-")[2]) - origin + 1) * size  # first number behind it
+        end = (int(lost.partition("-")[2]) + 1) * self.options["segment_size"]  # first number behind it
         first = self.count - len(self.kept)
         self.replay.restore({name: array for name, array in arrays.items() if not name.startswith(lost)})
         self.kept = self.kept[end - first :]
