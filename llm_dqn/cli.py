@@ -42,6 +42,10 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="With --resume: let this setting change all the same; again for each."),
+    ] = None,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
 ) -> None:
     """Train: write, score, remember, learn."""
@@ -53,11 +57,12 @@ def train(
         from llm_dqn.launch import launch_processes
 
         again = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
+        again += [f"--allow-change={key}" for key in allow_change or ()]
         sys.exit(launch_processes(num_processes, again))
     from llm_dqn.trainer import DQNTrainer
 
     _hush()
-    DQNTrainer.from_recipe(loaded).train(resume=resume)
+    DQNTrainer.from_recipe(loaded).train(resume, allow_change or ())
 
 
 @app.command()

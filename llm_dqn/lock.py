@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -24,6 +25,7 @@ else:
 logger = logging.getLogger(__name__)
 
 NAME = "run.lock"
+LOOKS, PAUSE = 5, 0.1  # how often, and how many seconds apart, a held lock is tried again
 _BUSY = {errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -40,18 +42,16 @@ class RunLock:
         if self._descriptor is not None:
             return
         file = self.folder / NAME
-        while True:
+        for patience in range(LOOKS, -1, -1):
             descriptor = _open(file)
-            try:
-                _lock(descriptor)
-            except OSError as error:
-                os.close(descriptor)
-                if error.errno in _BUSY:
-                    raise UserError(_in_use(self.folder)) from None
-                raise
-            if _is_still(file, descriptor):
+            free = _lock(descriptor)
+            if free and _is_still(file, descriptor):
                 break
-            os.close(descriptor)  # its last owner moved or removed the file in the meantime
+            os.close(descriptor)  # held, or its last owner moved or removed the file in the meantime
+            if not patience:
+                raise UserError(_in_use(self.folder))
+            if not free:  # perhaps only by `refuse_if_running`
+                time.sleep(PAUSE)
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()}
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps(owner).encode())
@@ -84,11 +84,8 @@ def refuse_if_running(folder: Path) -> None:
         return
     descriptor = _open(file)
     try:
-        _lock(descriptor)
-    except OSError as error:
-        if error.errno in _BUSY:
-            raise UserError(_in_use(folder)) from None
-        raise
+        if not _lock(descriptor, shared=True):
+            raise UserError(_in_use(folder))
     finally:
         os.close(descriptor)
 
@@ -101,19 +98,22 @@ def _open(file: Path) -> int:
         raise RunError(f"train.output_dir: cannot write into {file.parent}: {error.strerror}") from error
 
 
-def _lock(descriptor: int) -> None:
-    """Raises OSError with one of `_BUSY` when another process has it."""
+def _lock(descriptor: int, shared: bool = False) -> bool:
+    """Takes the lock unless another one stands against it; returns whether that was possible."""
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the text, which others must be able to read
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
             os.lseek(descriptor, 0, os.SEEK_SET)
         else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno in _BUSY:
+            return False
         if error.errno not in _UNSUPPORTED:
             raise
         logger.warning("this file system knows no locks: nothing keeps a second run out of the folder")
+    return True
 
 
 def _is_still(file: Path, descriptor: int) -> bool:

@@ -75,19 +75,24 @@ def _write(
     config, processors, inputs = _request(writer, prompts, policy)
     if extra is not None:
         processors.append(extra(inputs["attention_mask"]))
-    with writer.network.writer(role) as model, _clean_defaults(model):
+    with writer.network.writer(role) as model, _clean_defaults(model), _nan_explained():
         output = model.generate(**inputs, generation_config=config, logits_processor=processors)
     written = output[:, inputs["input_ids"].shape[1] :].cpu()  # (B, new tokens), padded after the stop token
     return describe(writer, prompts, [_until_stop(row, writer.stop_token_ids) for row in written])
 
 
 def describe(writer: Writer, prompts: Sequence[Prompt], completions: Sequence[Tensor]) -> list[Episode]:
-    """Given completions (T,) as episodes, with the reference's and the online policy's log-probabilities."""
+    """Given completions (T,) as episodes, with the reference's and the online policy's log-probabilities.
+
+    Raises RunError where these are not finite: greedy generation from NaN logits writes token 0 without a word.
+    """
     network = writer.network
     prompt_ids = [torch.tensor(prompt.ids) for prompt in prompts]
     tokens = collate_tokens(prompt_ids, completions).to(network.device)
     ref_logprobs = network.logprobs(tokens, "reference").cpu()
     logprobs = network.logprobs(tokens, "online").cpu()
+    _require_finite(ref_logprobs, "base")
+    _require_finite(logprobs, "tuned")
     return [
         Episode(
             prompt=prompt.prompt,
@@ -132,6 +137,28 @@ def _clean_defaults(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
+NOT_FINITE = (
+    "the {which} model's probabilities are not finite: its weights hold NaN or infinity, or its arithmetic overflows; "
+    "look at the weights file, or compute in another model.dtype (float16 overflows where bfloat16 does not)"
+)
+
+
+def _require_finite(values: Tensor, which: str) -> None:
+    if not values.isfinite().all():
+        raise RunError(NOT_FINITE.format(which=which))
+
+
+@contextmanager
+def _nan_explained() -> Iterator[None]:
+    """Sampling from NaN fails in words that nobody understands."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise RunError(NOT_FINITE.format(which="writing")) from error
+
+
 def _until_stop(ids: Tensor, stop_token_ids: frozenset[int]) -> Tensor:
     """Cuts a row after its first stop token, which stays."""
     for position, token in enumerate(ids.tolist()):
@@ -144,15 +171,24 @@ def _until_stop(ids: Tensor, stop_token_ids: frozenset[int]) -> Tensor:
 TOLERANCE, COARSE_TOLERANCE = 2e-3, 0.3
 
 
+def _verify_finite(writer: Writer, prompts: Sequence[Prompt]) -> None:
+    """Asserts that what each role thinks of a first token is a number."""
+    first = torch.tensor([min(writer.stop_token_ids, default=0)])
+    tokens = collate_tokens([torch.tensor(prompt.ids) for prompt in prompts], [first] * len(prompts))
+    for role, which in (("reference", "base"), ("online", "tuned"), ("target", "target")):
+        _require_finite(writer.network.logprobs(tokens.to(writer.network.device), role), which)  # type: ignore[arg-type]
+
+
 def verify_generator(writer: Writer, prompts: Sequence[Prompt]) -> None:
     """Asserts that what generates is what learns: both give the tokens of a few completions the same log-probability.
 
     A generator that ignores the adapter, or positions a padded prompt wrongly, would otherwise train for days on
-    nothing. Raises RunError with the largest difference.
+    nothing. Raises RunError with the largest difference, and for probabilities or values that are not finite.
     """
     tolerance = TOLERANCE if writer.network.full_precision else COARSE_TOLERANCE
     prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))
     prompts = [prompts[0], prompts[-1]]  # different lengths, so that padding is tried
+    _verify_finite(writer, prompts)
     config, processors, inputs = _request(writer, prompts, sampled())
     config.max_new_tokens = min(8, writer.max_completion_length)
     config.update(output_logits=True, return_dict_in_generate=True)
