@@ -88,13 +88,21 @@ def base_model_of(recipe: Recipe) -> PreTrainedModel:
 def data_sources(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """Recipe key -> (source, split) of the prompts to train on and of those that are held out."""
     facts = recipe.data
-    sources = {"data.train": (facts.train, facts.split)}
-    if facts.eval:
-        same = "train" if Path(facts.eval).is_file() else facts.split  # a single file has no other
-        sources["data.eval"] = (facts.eval, facts.eval_split or same)
-    elif facts.eval_split:
-        sources["data.eval_split"] = (facts.train, facts.eval_split)
-    return sources
+    held_back = _beside_train(recipe, "eval", facts.eval, facts.eval_split)
+    return {"data.train": (facts.train, facts.split), **held_back}
+
+
+def source_of_test(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """The same of the test prompts, which no run looks at; empty where the recipe names none."""
+    return _beside_train(recipe, "test", recipe.data.test, recipe.data.test_split)
+
+
+def _beside_train(recipe: Recipe, name: str, source: str | None, split: str | None) -> dict[str, tuple[str, str]]:
+    facts = recipe.data
+    if source:
+        same = "train" if Path(source).is_file() else facts.split  # a single file has no other
+        return {f"data.{name}": (source, split or same)}
+    return {f"data.{name}_split": (facts.train, split)} if split else {}
 
 
 def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
@@ -105,12 +113,9 @@ def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list
 
 def prompts_of_test_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The test prompts of a recipe, which no run looks at. Raises UserError where it names none."""
-    facts = recipe.data
-    if not (facts.test or facts.test_split):
-        raise UserError(
-            "the recipe names no test prompts (data.test and data.test_split are null); give --prompts FILE"
-        )
-    return _load_prompts(recipe, facts.test or facts.train, facts.test_split or facts.split, tokenizer)
+    for source, split in source_of_test(recipe).values():
+        return _load_prompts(recipe, source, split, tokenizer)
+    raise UserError("the recipe names no test prompts (data.test and data.test_split are null); give --prompts FILE")
 
 
 def _load_prompts(recipe: Recipe, source: str, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

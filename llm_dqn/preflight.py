@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_dqn import data, models
 from llm_dqn.adapters import lora_config
-from llm_dqn.assembly import Inputs, base_model_of, data_sources, held_out, settings_of
+from llm_dqn.assembly import Inputs, base_model_of, data_sources, held_out, settings_of, source_of_test
 from llm_dqn.errors import NotReachable, RunError, UserError
 from llm_dqn.inputs import load_prompts, reason
 from llm_dqn.recipe import Problem, Recipe, mislaid, with_resolved_paths
@@ -121,9 +121,9 @@ def _verified(model: PreTrainedModel) -> bool:
 
 
 def _tables(found: Findings, recipe: Recipe) -> dict[str, Table]:
-    """Recipe key -> rows, of the prompts to train on and of those that are held out."""
+    """Recipe key -> rows, of the prompts to train on, of those that are held out and of the test prompts."""
     tables = {}
-    for key, (source, split) in data_sources(recipe).items():
+    for key, (source, split) in (data_sources(recipe) | source_of_test(recipe)).items():
         if source is None:
             continue
         table = found.attempt(key, partial(read_table, source, split), "data", source)
@@ -157,7 +157,7 @@ def _prompts(
         if prompts is not None:
             longest = max(len(prompt.ids) for prompt in prompts)
             found.lines.append(f"{key}: {len(prompts)} prompts, the longest has {longest} tokens")
-            loaded.append(prompts)
+            loaded += [prompts] if key in data_sources(recipe) else []
     if len(loaded) == 2:
         return loaded[0], loaded[1]
     only_train = not (facts.eval or facts.eval_split)
