@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -206,7 +207,7 @@ def _probes(named: Named, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prob
     """Texts that the run wrote, as many as are known, and random tokens that no adapter was made for."""
     real = list(_texts_of_the_run(Path(named.name) / "samples.jsonl", tokenizer))
     generator = torch.Generator().manual_seed(0)
-    rows = len(tokenizer)
+    rows = min(len(tokenizer), _base_config(named).get_text_config().vocab_size)
     random = [torch.randint(rows, (TEXT_TOKENS // 2,), generator=generator).tolist() for _ in range(RANDOM_TEXTS)]
     return real + [Probe(ids, ids[:8]) for ids in random], len(real)
 
@@ -223,13 +224,22 @@ def _texts_of_the_run(samples: Path, tokenizer: PreTrainedTokenizerBase) -> Iter
             yield Probe(whole[:TEXT_TOKENS], asked[:TEXT_TOKENS])
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """PEFT warns of tied weights wherever there are any; here it is measured whether they matter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
+        yield
+
+
 def _with_adapter(named: Named, untie: bool) -> PeftModel:
     """Base + adapter in float32, as plain PEFT opens it; `untie` gives a tied output layer its own weights first."""
     base = named.load_base("float32")
     if untie:
         models.untie_head(base)
     try:
-        return PeftModel.from_pretrained(base, str(named.adapter)).eval()
+        with _without_warnings():
+            return PeftModel.from_pretrained(base, str(named.adapter)).eval()
     except (*NOT_MERGEABLE, OSError, KeyError) as error:
         raise UserError(f"the adapter {named.adapter} does not open on '{named.base}': {_first_line(error)}") from error
 
@@ -242,7 +252,8 @@ def _proven_merge(named: Named, probes: Sequence[Probe], reference: Answers) -> 
         opened = _with_adapter(named, untie)
         tied = models.lm_head(opened.get_base_model()).weight is opened.get_input_embeddings().weight
         try:
-            merged = opened.merge_and_unload()
+            with _without_warnings():
+                merged = opened.merge_and_unload()
         except NOT_MERGEABLE as error:
             kind = named.adapter_config.get("peft_type", "?")
             raise UserError(
