@@ -4,6 +4,7 @@ PyYAML alone lets the last of two equal keys win, forgets line numbers, follows 
 objects. Recipes are written by hand, so each of those is a mistake to report.
 """
 
+import bisect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,19 +99,21 @@ def read_yaml(text: str, source: str) -> tuple[Document, list[Problem]]:
     document = Document(source)
     if len(text) > MAX_CHARACTERS:
         return document, [Problem(source, None, "", f"longer than {MAX_CHARACTERS:,} characters; is this a recipe?")]
+    lines = _Lines(text)
     try:
         loader = _Loader(text)
-        builder = _Builder(document, loader)
+        builder = _Builder(document, loader, lines)
         node = loader.get_single_node()
         values = {} if node is None else builder.value(node, "", MAX_DEPTH)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         message = f"not valid YAML: {error.problem or error.context}"
-        return Document(source), [Problem(source, mark.line + 1 if mark else None, "", message)]
-    except (yaml.YAMLError, ValueError) as error:
-        return Document(source), [Problem(source, None, "", f"not valid YAML: {str(error).splitlines()[0]}")]
+        return Document(source), [Problem(source, lines.at(mark.index if mark else 0), "", message)]
+    except yaml.reader.ReaderError as error:
+        message = f"not valid YAML: the character {error.character!r:.12} is not allowed in a recipe"
+        return Document(source), [Problem(source, lines.at(error.position), "", message)]
     if not isinstance(values, dict | None):
-        line = node.start_mark.line + 1 if node else 1
+        line = lines.at(node.start_mark.index) if node else 1
         return Document(source), [
             Problem(source, line, "", "expected sections such as `train:`, with their keys below")
         ]
@@ -118,12 +121,25 @@ def read_yaml(text: str, source: str) -> tuple[Document, list[Problem]]:
     return document, builder.problems
 
 
+class _Lines:
+    """Which line a character is in, as editors count: YAML also ends lines at marks that no editor shows."""
+
+    def __init__(self, text: str) -> None:
+        self._ends = [match.start() for match in re.finditer("\n", text)]
+        self._last = max(1, len(self._ends) + (not text.endswith("\n")))
+
+    def at(self, index: int) -> int:
+        """Line of a character, counted from 1."""
+        return min(bisect.bisect_left(self._ends, index) + 1, self._last)
+
+
 class _Builder:
     """Turns YAML nodes into plain values while noting lines and duplicate keys."""
 
-    def __init__(self, document: Document, loader: _Loader) -> None:
+    def __init__(self, document: Document, loader: _Loader, lines: _Lines) -> None:
         self.document = document
         self.loader = loader
+        self.line = lines.at
         self.problems: list[Problem] = []
         self.count = 0
 
@@ -133,21 +149,30 @@ class _Builder:
             limit = f"{MAX_VALUES:,} values" if levels_left else f"{MAX_DEPTH} levels"
             raise yaml.MarkedYAMLError(problem=f"aliases unfold to more than {limit}", problem_mark=node.start_mark)
         if path:
-            self.document.lines.setdefault(path, node.start_mark.line + 1)
+            self.document.lines.setdefault(path, self.line(node.start_mark.index))
         if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             return self.mapping(node, path, levels_left)
         if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
             return [self.value(item, f"{path}.{i}", levels_left - 1) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN:
-            return self.loader.construct_object(node)
+            return self.scalar(node)
         raise yaml.MarkedYAMLError(
             problem=f"the tag {node.tag} is not allowed; write plain values", problem_mark=node.start_mark
         )
 
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except (ValueError, OverflowError, LookupError) as error:  # `!!int x`, `!!float`, ten thousand digits
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value!r:.40} cannot be read as {kind}", problem_mark=node.start_mark
+            ) from error
+
     def mapping(self, node: yaml.MappingNode, path: str, levels_left: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
+            line = self.line(key_node.start_mark.index)
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key must be a single word", problem_mark=key_node.start_mark)
             key = key_node.value  # as typed: YAML would read a key `on` as true
@@ -169,10 +194,11 @@ def apply_override(document: Document, override: str) -> list[Problem]:
     key = key.strip()
     if not equals or not key or "" in key.split("."):
         return [Problem(source, None, "", "expected key=value with a dotted key, such as train.max_steps=100")]
-    try:
-        value = yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, ValueError) as error:
-        return [Problem(source, None, key, f"the value is not valid YAML: {str(error).splitlines()[0]}")]
+    written, problems = read_yaml(f"value: {text}" if text.strip() else "value: null", source)
+    if problems or list(written.values) != ["value"]:
+        said = problems[0].message.removeprefix("not valid YAML: ") if problems else "one value was expected"
+        return [Problem(source, None, key, f"the value is not valid YAML: {said}")]
+    value = written.values["value"]
     problem = _set(document.values, key.split("."), value)
     if problem:
         return [Problem(source, None, key, problem)]

@@ -6,6 +6,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from llm_dqn.errors import UserError, did_you_mean, nearest
+from llm_dqn.recipe_yaml import Problem, RecipeError
 
 
 def shipped_root() -> Path:
@@ -34,9 +35,14 @@ def find_recipe(path_or_name: str | os.PathLike[str]) -> tuple[str, str]:
             known = f"no shipped recipe ({', '.join(shipped)}) has that name"
             raise UserError(f"recipe {typed}: {kind}, and {known}{did_you_mean(name, shipped)}")
     try:
-        return str(path), path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {typed}: cannot be read as text: {error}") from error
+        content = path.read_bytes()
+        return str(path), content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except OSError as error:
+        raise UserError(f"recipe {typed}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        message = f"not UTF-8 text (byte {content[error.start]:#04x}); save the file as UTF-8"
+        raise RecipeError([Problem(str(path), line, "", message)]) from error
 
 
 def copy_recipe(path_or_name: str | os.PathLike[str], destination: str | os.PathLike[str]) -> Path:
