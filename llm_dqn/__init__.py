@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_dqn.recipe import DQNConfig
+    from llm_dqn.score_files import score
     from llm_dqn.trainer import DQNTrainer
 
 __version__ = "0.1.0"
-__all__ = ["DQNConfig", "DQNTrainer", "__version__"]
+__all__ = ["DQNConfig", "DQNTrainer", "__version__", "score"]
 
-_HOMES = {"DQNConfig": "llm_dqn.recipe", "DQNTrainer": "llm_dqn.trainer"}
+_HOMES = {"DQNConfig": "llm_dqn.recipe", "DQNTrainer": "llm_dqn.trainer", "score": "llm_dqn.score_files"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -12,6 +13,7 @@ import typer
 
 from llm_dqn import cli_replay
 from llm_dqn.errors import RunError, UserError
+from llm_dqn.lock import refuse_if_running
 from llm_dqn.signals import Stopped, leave
 from llm_dqn.terminal import HarmlessHandler, harmless
 
@@ -52,6 +54,7 @@ def train(
     from llm_dqn.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    refuse_if_running(Path(loaded.train.output_dir))
     _look_for_the_hub(loaded.sources, loaded.folder)
     if num_processes > 1:
         from llm_dqn.launch import launch_processes
@@ -164,6 +167,38 @@ def evaluate(
     kept = keep_strength(run, report) if scales else None
     if kept:
         _say(f"the curve is in {kept} now, and `llm-dqn report {run}` draws it")
+
+
+@app.command()
+def score(
+    run: Run,
+    input: Annotated[str, typer.Option(help="Prompts and completions: JSONL, CSV or Parquet.")],
+    output: Annotated[str, typer.Option(help="JSONL to write: rewards, and Q, V and advantage of every token.")],
+    html: Annotated[str | None, typer.Option(help="Also draw a heat map of the tokens.")] = None,
+    max_html: Annotated[int, typer.Option(min=1, help="Completions in the heat map: the first so many.")] = 50,
+    rewards: Annotated[
+        list[str] | None, typer.Option(help="Reward as in a recipe, again for each; a run folder knows its own.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="The base's likeliest tokens listed for each token.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions in one pass of the model.")] = 64,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be scored.")] = False,
+) -> None:
+    """Say what given completions are worth, and each of their tokens."""
+    _look_for_the_hub([*_sources_behind(run), *(rewards or ())])
+    from llm_dqn.recipe import resolve_path
+    from llm_dqn.row_stream import RowStream
+    from llm_dqn.score_files import Scorer, check_output, score_file
+
+    _hush()
+    check_output("--output", output, input)
+    if html is not None:
+        check_output("--html", html, input)
+    tell = partial(_say, err=True)
+    scorer = Scorer(run, RowStream(resolve_path(input)), rewards or None, batch_size, top, strict, tell)
+    summary = score_file(scorer, output, html, max_html)
+    mean = "" if summary.mean_reward is None else f", mean reward {summary.mean_reward:.4g}"
+    left_out = f", {summary.left_out} rows left out" if summary.left_out else ""
+    _say(f"{summary.scored} completions scored{mean}{left_out}, written to {output}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ obeyed.
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,9 @@ class Screen(RichConsole):
 class Console:
     """Shows a run. With `enabled` false (every process but the main one) it is silent."""
 
-    def __init__(self, enabled: bool = True, console: RichConsole | None = None) -> None:
+    def __init__(self, enabled: bool = True, console: RichConsole | None = None, stderr: bool = False) -> None:
         self.enabled = enabled
-        self.rich = console or Screen(highlight=False)
+        self.rich = console or Screen(highlight=False, stderr=stderr)
         self.animated = enabled and self.rich.is_terminal and not self.rich.is_dumb_terminal and "CI" not in os.environ
         self._metrics: dict[str, Any] = {}
         self._sample: tuple[str, str, float] | None = None
@@ -106,6 +106,17 @@ class Console:
             finally:
                 self._live.refresh()
                 self._live = None
+
+    @contextmanager
+    def bar(self, label: str, total: float | None) -> Iterator[Callable[[float], None]]:
+        """A bar while the context is open; what it yields moves the bar on by so much of `total` (None: unknown)."""
+        if not self.animated:
+            yield lambda amount: None
+            return
+        columns = (TextColumn(label), BarColumn(bar_width=None), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.rich, transient=True, expand=True) as progress:
+            task = progress.add_task("", total=total)
+            yield lambda amount: progress.update(task, advance=amount)
 
     def sample(self, prompt: Any, completion: str, reward: float) -> None:
         """The completion that the panel shows until the next one; `prompt` is text or chat messages."""

@@ -92,6 +92,7 @@ def _tokenise(table: Table, column: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def check_prompt(place: str, column: str, value: Any, chat: bool) -> None:
+    """`UserError` unless `value` is text, or with `chat` a conversation, that a tokenizer can read."""
     where = f"{place}: column '{column}'"
     if value is None or value == "" or value == []:
         raise UserError(f"{where} is empty ({value!r}); remove the row or fill it in")
@@ -160,8 +161,8 @@ def room_for_prompt(context: int | None, max_completion_length: int) -> int | No
     if context is None or context > max_completion_length:
         return None if context is None else context - max_completion_length
     raise UserError(
-        f"max_completion_length: {max_completion_length} tokens leave no room for a prompt, since the model was made "
-        f"to read {context} tokens in all; lower it"
+        f"completions of {max_completion_length} tokens leave no room for a prompt: the model was made to read "
+        f"{context} tokens in all; lower max_completion_length"
     )
 
 

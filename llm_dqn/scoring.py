@@ -5,7 +5,7 @@ token in `token_ids`, `tokens`, `q_values`, `values`, `advantages`, `ranks`, `ba
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,17 @@ def describe_tokens(writer: Writer, episodes: Sequence[Episode], top: int = 3) -
     return lines
 
 
-def look_at(network: QNetwork, pairs: Sequence[TokenPair], batch_size: int, top: int) -> list[TokenLook]:
-    """`QNetwork.look` of each completion, on the CPU, in the order of `pairs`; batches hold rows of like length."""
+def look_at(
+    network: QNetwork,
+    pairs: Sequence[TokenPair],
+    batch_size: int,
+    top: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[TokenLook]:
+    """`QNetwork.look` of each completion, on the CPU, in the order of `pairs`; batches hold rows of like length.
+
+    progress: told after each batch how many completions it held.
+    """
     lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
     looks: dict[int, TokenLook] = {}
@@ -52,6 +61,8 @@ def look_at(network: QNetwork, pairs: Sequence[TokenPair], batch_size: int, top:
         sizes = [len(pairs[row][1]) for row in rows]
         columns = [column.cpu().split(sizes) for column in vars(found).values()]
         looks.update((row, TokenLook(*parts)) for row, parts in zip(rows, zip(*columns, strict=True), strict=True))
+        if progress is not None:
+            progress(len(rows))
     return [looks[row] for row in range(len(pairs))]
 
 

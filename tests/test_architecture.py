@@ -13,18 +13,19 @@ LAYERS = """
 __main__
 cli
 cli_replay
+score_files
 doctor preflight inference merge replay_export replay_statistics
 trainer
 learner
 inputs
-assembly logbook hub replay_browser
+assembly score_rows logbook hub replay_browser
 bundle
 evaluation scoring checkpoint launch card opening
 rollout strength
 network rewards
-adapters policy replay data metrics console reward_functions
-heads states token_texts heatmap episode_store reward_model reward_worker isolation
-tables models pages
+adapters policy replay row_stream data metrics console reward_functions report
+heads states token_texts heatmap report_charts episode_store reward_model reward_worker isolation
+tables models pages run_files calibration warning_signs
 targets losses schedules recipe charts statistics references processes memory numerics resume
 offline recipe_changes
 recipe_problems recipe_sections shipped
@@ -49,6 +50,7 @@ KNOW_CONFIGURATION = {
     "assembly",
     "preflight",
     "inference",
+    "score_files",
     "doctor",
     "opening",
     "bundle",
