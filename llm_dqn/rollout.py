@@ -78,6 +78,8 @@ def _write(
     with writer.network.writer(role) as model, _clean_defaults(model), _nan_explained():
         output = model.generate(**inputs, generation_config=config, logits_processor=processors)
     written = output[:, inputs["input_ids"].shape[1] :].cpu()  # (B, new tokens), padded after the stop token
+    if len(written) != len(prompts):
+        raise RunError(f"{len(prompts)} completions were asked of the engine and {len(written)} came back")
     return describe(writer, prompts, [_until_stop(row, writer.stop_token_ids) for row in written])
 
 
