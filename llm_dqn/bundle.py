@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from hashlib import file_digest
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -19,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from llm_dqn.card import CURVE, Card, Kind, license_of, read_card
 from llm_dqn.errors import UserError
-from llm_dqn.shipped import lies_here
+from llm_dqn.shipped import lies_here, resolve_path
 
 WEIGHTS = {
     "adapter": ("adapter_model.safetensors", "q_head.safetensors"),
@@ -60,8 +61,7 @@ class Bundle:
     kind: Kind
     files: list[Upload]
     notes: list[str]
-    base: str  # as it will be named in the repository
-    base_on_hub: bool
+    local_base: str  # the base model as this machine knows it
 
 
 def bundle(run: str, repo_id: str, base_model: str | None = None, base_revision: str | None = None) -> Bundle:
@@ -89,7 +89,17 @@ def bundle(run: str, repo_id: str, base_model: str | None = None, base_revision:
     uploads = list(_uploads(artefact, folder, card, portable, cut))
     for upload in uploads:
         _refuse_tokens(upload)
-    return Bundle(kind, uploads, _notes(cut, kind, on_hub, base, local), base, on_hub)
+    return Bundle(kind, uploads, _notes(cut, kind, on_hub, local), local)
+
+
+def holds_other_weights(base: str, hashes: Mapping[str, str]) -> bool:
+    """Whether a file of the base model's folder has another content than the Hub's of that name, by its sha256."""
+    for file in sorted(Path(resolve_path(base)).glob("*.safetensors")) if base else ():
+        if file.name in hashes:
+            with file.open("rb") as stream:
+                if file_digest(stream, "sha256").hexdigest() != hashes[file.name]:
+                    return True
+    return False
 
 
 def check_repo_id(argument: str, repo_id: str, owner: bool = True) -> None:
@@ -240,7 +250,7 @@ def _refuse_tokens(upload: Upload) -> None:
             )
 
 
-def _notes(cut: list[str], kind: Kind, on_hub: bool, base: str, local: str) -> list[str]:
+def _notes(cut: list[str], kind: Kind, on_hub: bool, local: str) -> list[str]:
     notes = []
     if cut:
         places = ", ".join(dict.fromkeys(cut))

@@ -202,6 +202,14 @@ def score(
 
 
 @app.command()
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, finished or not.")]) -> None:
+    """Draw a run: curves, samples, heat maps and warning signs in one HTML file, report.html."""
+    from llm_dqn.report import write_report
+
+    _say(str(write_report(Path(run))))
+
+
+@app.command()
 def merge(
     run: Run,
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
@@ -366,7 +374,7 @@ def main(arguments: list[str] | None = None) -> None:
         _say(str(error), err=True)
         sys.exit(2)
     except RunError as error:
-        _say(f"the run failed: {error}", err=True)
+        _say(f"{error.heading}: {error}", err=True)
         sys.exit(1)
     except Stopped as stop:
         sys.exit(stop.code)

@@ -15,6 +15,8 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """The input was fine and the run failed all the same; the command line exits with 1."""
 
+    heading = "the run failed"  # what people read before the message
+
 
 class StepFailed(RunError):
     """A step could not be finished, and everything before it is whole: it can be saved and tried again."""

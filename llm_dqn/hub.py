@@ -5,13 +5,14 @@ the Hub has already is not sent again, so a push that broke off is repeated with
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from llm_dqn.bundle import Bundle, bundle
+from llm_dqn.bundle import Bundle, bundle, holds_other_weights
 from llm_dqn.errors import RunError, UserError
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may wri
 
 class HubError(RunError):
     """The Hub did not take the upload. `status` is its answer, None where there was none."""
+
+    heading = "the upload failed"
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -52,25 +55,36 @@ def push(
         _describe(prepared, repo_id, public, say)
         say("nothing was sent: this was a dry run")
         return ""
-    if constants.is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it")
     if get_token() is None:
         raise UserError(f"no access token for the Hugging Face Hub: {LOGIN}")
     api = HfApi()
     again = f"nothing is lost: {run} is as it was, and the same command goes on where this one stopped"
-    try:
-        if base_model is not None:
-            commit = _persistently(lambda: api.model_info(base_model).sha, say)
-            prepared = bundle(run, repo_id, base_model, commit)
+    if base_model is not None:
+        with _explained(base_model, again):
+            found = _persistently(lambda: api.model_info(base_model, files_metadata=True), say)
+        hashes = {file.rfilename: file.lfs.sha256 for file in found.siblings or () if file.lfs is not None}
+        prepared = bundle(run, repo_id, base_model, found.sha)
+        if holds_other_weights(prepared.local_base, hashes):
+            say(f"note: the weights of {base_model} are not those that the run started from; results may differ")
+    with _explained(repo_id, again):
         _describe(prepared, repo_id, public, say)
         _persistently(lambda: _ready(api, repo_id, public, branch, prepared), say)
         url = _persistently(lambda: _commit(api, repo_id, branch, prepared), say)
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise HubError(f"{explain(error, repo_id)}; {again}", _status(error)) from error
     say(f"uploaded: {url}")
     return url
+
+
+@contextmanager
+def _explained(repo_id: str, again: str) -> Iterator[None]:
+    """Turns what the Hub and the network raise into one sentence for people."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise HubError(f"{explain(error, repo_id)}; {again}", _status(error)) from error
 
 
 def _describe(prepared: Bundle, repo_id: str, public: bool, say: Callable[[str], None]) -> None:
@@ -156,7 +170,7 @@ def explain(error: BaseException, repo_id: str) -> str:
         return sentences.get(status, later if status >= 500 else f"the Hub answered {status} ({_said(cause)})")
     if isinstance(cause, HTTPError):
         return f"the connection to {constants.ENDPOINT} broke ({type(cause).__name__})"
-    return f"the upload failed: {_first_line(cause)}"
+    return " ".join(str(cause).split()) or type(cause).__name__
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -36,6 +36,12 @@ REAL_TEXTS, RANDOM_TEXTS, TEXT_TOKENS, NEW_TOKENS = 6, 4, 64, 16
 NOT_MERGEABLE = (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError)
 
 
+class MergeError(RunError):
+    """Base + adapter and the merged model are not the same, or the files could not be written."""
+
+    heading = "the merge failed"
+
+
 @dataclass(frozen=True)
 class Proof:
     """How base + adapter and the merged model compared. Differences are relative to the largest logit.
@@ -90,7 +96,7 @@ def merge(run: str, out: str, dtype: str = "auto", say: Callable[[str], None] = 
     """Writes the merged model of a run, an adapter folder or a Hub adapter to the new folder `out`.
 
     dtype: of the written weights; "auto" keeps the base model's. The proof is made in float32 before rounding, and what
-    rounding changes is measured after it. Raises UserError for what cannot be merged, RunError where the proof fails.
+    rounding changes is measured after it. Raises UserError for what cannot be merged, MergeError where the proof fails.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
@@ -266,7 +272,7 @@ def _proven_merge(named: Named, probes: Sequence[Probe], reference: Answers) -> 
         if not tied and not _ties(named):
             break
         del opened, merged
-    raise RunError(
+    raise MergeError(
         f"nothing was written, because merging {named.adapter} is not exact: {failed}; serve base + adapter instead"
     )
 
@@ -338,18 +344,18 @@ def _finished_folder(target: Path) -> Iterator[Path]:
         folder.chmod(0o755)  # mkdtemp's is the owner's alone
         os.rename(folder, target)
     except OSError as error:
-        raise RunError(f"{target} could not be written: {error}") from error
+        raise MergeError(f"{target} could not be written: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reloaded(folder: Path, probes: Sequence[Probe], expected: Answers, reference: Answers, proof: Proof) -> Proof:
-    """The proof with what the written files say, opened with plain transformers; RunError if they say another thing."""
+    """The proof with what the written files say, opened with plain transformers; MergeError if that is another thing."""
     gc.collect()
     found = _answers(models.load_causal_lm(str(folder), dtype="float32"), probes)
     reloaded, rounded = _compare(expected, found), _compare(reference, found)
     if not reloaded.holds:
-        raise RunError(f"nothing was kept, because the written files do not open as the merged model: {reloaded}")
+        raise MergeError(f"nothing was kept, because the written files do not open as the merged model: {reloaded}")
     return replace(
         proof,
         reloaded_difference=reloaded.relative_difference,
