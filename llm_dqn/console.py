@@ -234,9 +234,11 @@ class Console:
         files = (
             ("adapter", "the tuned model, as an ordinary PEFT adapter"),
             ("model", "the tuned model"),
+            ("report.html", "all of this to look at, in a browser"),
             ("metrics.jsonl", "a line of numbers a log step"),
             ("samples.jsonl", "what was written, and its reward"),
             ("evaluation.json", "the table above"),
+            ("evaluation_samples.jsonl", "its texts, token by token"),
             ("recipe.yaml", "every setting of this run"),
         )
         lines = [f"  {run / name!s:<40} {what}" for name, what in files if (run / name).exists()]

@@ -19,7 +19,7 @@ trainer
 learner
 inputs
 assembly score_rows logbook hub replay_browser
-bundle
+bundle saver
 evaluation scoring checkpoint launch card opening
 rollout strength
 network rewards
