@@ -128,7 +128,7 @@ class Card:
             return []
         tuned, data = self.evaluation["tuned"], self.recipe["data"]
         source = str(data.get("eval") or data.get("train") or "unknown")
-        low, high = tuned.get("reward_ci", (math.nan, math.nan))
+        low, high = tuned.get("reward_ci") or (math.nan, math.nan)
         between = f" (95 % interval {low:.3f} to {high:.3f})" if math.isfinite(low + high) else ""
         figures = [
             ("reward", f"mean reward, sampled{between}", tuned.get("reward")),
@@ -205,12 +205,15 @@ class Card:
         for key, label in ROWS:
             if key in tuned and tuned[key] is not None:
                 lines.append(f"| {label} | {_cell(base, key)} | {_cell(tuned, key)} |")
-        seeds = self.evaluation.get("seeds")
+        seeds, share = self.evaluation.get("seeds"), self.evaluation.get("win_rate")
+        won = (
+            " The tuned model's sampled completion scores higher than the base's on {:.0%} of them, ties counting half."
+        )
+        wins = "" if share is None else won.format(share)
         lines.append(
             f"\n{tuned.get('prompts', '?')} prompts, one sampled and one greedy completion each"
             + (f", sampling seeds {', '.join(map(str, seeds))}" if seeds else "")
-            + "; intervals: 95 %, bootstrap over prompts. The tuned model's sampled completion scores higher than the "
-            f"base's on {self.evaluation['win_rate']:.0%} of them, ties counting half."
+            + f"; intervals: 95 %, bootstrap over prompts.{wins}"
         )
         return "\n".join(lines)
 

@@ -122,7 +122,7 @@ def strength_curve(
     scales: Sequence[float],
     known: dict[float, Written],
 ) -> list[dict[str, Any]]:
-    """Reward against distance from the base: `beta_scale`, `reward`, `reward_ci`, `kl` for each strength, in order.
+    """Reward against distance from the base: `beta_scale`, `reward`, `reward_ci`, `kl`, `prompts` for each strength.
 
     known: completions that are there already, of the base model (0) and the tuned one (1); both are always points.
     kl: of the policy at that strength to the base, at the states it visited, nats a token, exact over the vocabulary.
@@ -138,7 +138,7 @@ def strength_curve(
             judged = judge(written)
         reward, interval = mean_and_interval(_rewards(judged), numbers)
         kl = 0.0 if scale == 0 else mean_kl(writer, written, scale)
-        points.append({"beta_scale": scale, "reward": reward, "reward_ci": interval, "kl": kl})
+        points.append({"beta_scale": scale, "reward": reward, "reward_ci": interval, "kl": kl, "prompts": len(prompts)})
     return points
 
 
