@@ -114,29 +114,30 @@ def histogram(
     x: Axis,
     size: tuple[int, int] = (400, 250),
     bins: int = 20,
+    kinds: Sequence[int] | None = None,
     standalone: bool = False,
 ) -> str:
-    """The share of values in each of equal bins, one outline a sample: `samples` are (label, values)."""
+    """The share of values in each of equal bins, one outline a sample: `samples` are (label, values).
+
+    Without ends of the axis the bins lie between round numbers. kinds: which of the five looks each sample has.
+    """
     clean = [(label, [value for value in values if _finite(value)]) for label, values in samples]
     everything = [value for _, values in clean for value in values]
     if not everything:
         return _empty(title, size, standalone)
-    low = min(everything) if x.low is None else x.low
-    high = max(everything) if x.high is None else x.high
-    if low == high:
-        low, high = low - 0.5, high + 0.5
+    marks = ticks(min(everything), max(everything), 5)
+    low, high = marks[0] if x.low is None else x.low, marks[-1] if x.high is None else x.high
     width = (high - low) / bins
     edges = [low + i * width for i in range(bins + 1)]
-    series = []
-    for label, values in clean:
+    kept = []
+    for i, (label, values) in enumerate(clean):
         counts = [0] * bins
         for value in values:
             counts[min(max(int((value - low) / width), 0), bins - 1)] += 1
         shares = [100 * count / max(len(values), 1) for count in counts]
-        series.append(Series(label, [(a + b) / 2 for a, b in pairwise(edges)], shares))
-    kept = list(enumerate(series))
+        kept.append((kinds[i] if kinds else i, Series(label, [(a + b) / 2 for a, b in pairwise(edges)], shares)))
     x_ticks, x_range = _scale(edges, Axis(x.label, low, high), 5, snug=True)
-    y_ticks, y_range = _scale([0.0, *(share for s in series for share in s.y if share is not None)], Axis(""), 4)
+    y_ticks, y_range = _scale([0.0, *(share for _, s in kept for share in s.y if share is not None)], Axis(""), 4)
     names, left, top, _ = _labels(kept, y_ticks, min(size[0], LABELLED_AT_THE_LINE - 1))
     frame = _Frame(left, top, size[0] - 12, size[1] - 36, x_range, y_range)
     body = [_grid(frame, x_ticks, y_ticks, x.label, "% of completions"), names]
@@ -309,7 +310,7 @@ def _drawn(s: Series, kind: int, frame: _Frame) -> str:
 def _steps(s: Series, kind: int, edges: Sequence[float], frame: _Frame) -> str:
     """The outline of a histogram, lightly filled."""
     outline, above = "", False
-    for left, right, share in zip(edges, edges[1:], s.y, strict=False):
+    for (left, right), share in zip(pairwise(edges), s.y, strict=True):
         (x0, y0), (x1, _) = frame.at(left, share or 0), frame.at(right, 0)
         if share:
             outline += f"{'' if above else f'M{x0:.1f} {frame.bottom:.1f}'}V{y0:.1f}H{x1:.1f}"
