@@ -1,6 +1,8 @@
 """What a run leaves behind: its folder, its lines of metrics, its samples, its adapter, and what people see of it."""
 
+import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -9,16 +11,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_dqn import __version__, card, checkpoint
 from llm_dqn.console import Console
-from llm_dqn.errors import RunError
+from llm_dqn.errors import RunError, UserError
 from llm_dqn.evaluation import side_by_side
 from llm_dqn.lock import RunLock
 from llm_dqn.metrics import MetricsLog, close_trackers, open_trackers
 from llm_dqn.network import QNetwork
+from llm_dqn.saver import Saver
 from llm_dqn.types import Episode, QOutput, TDTarget
 
 SAMPLES_A_COLLECT = 4
@@ -49,39 +53,73 @@ class Logbook:
         self.console = Console(enabled=self.main)
         self.metrics = MetricsLog(folder / "metrics.jsonl", accelerator)
         self.lock = RunLock(folder)
+        gather = gather_object if accelerator.num_processes > 1 else list
+        self.saver = Saver(
+            folder / "checkpoints", keep_checkpoints, accelerator.process_index, lambda value: gather([value])
+        )
         self.sampled = 0  # lines in samples.jsonl
+        self.evaluated: dict[str, float] = {}  # what the last evaluation said, by name in `checkpoint.MEASURES`
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
-    def open(self, resume: bool, accept: Callable[[dict[str, Any]], None]) -> Found | None:
-        """Prepares the folder; with `resume`, what the newest complete checkpoint holds, None when there is none.
+    def open(
+        self, resume: bool | str, accept: Callable[[dict[str, Any]], None], repair: bool = False
+    ) -> Found | None:
+        """Prepares the folder; with `resume`, what a checkpoint holds: the newest complete one, or the one it names.
 
-        accept: sees the state in the checkpoint before anything is written, and raises when the run cannot go on from
-        it. Raises UserError when another run is in the folder.
+        None when there is none. accept: sees the state in the checkpoint before anything is written, and raises when
+        the run cannot go on from it. repair: goes on without damaged segments of the replay. Raises UserError when
+        another run is in the folder, RunError when checkpoints are damaged and none is complete.
         """
         if self.main:
             self.lock.acquire()
-        found = self._newest() if resume else None
+        folder = self._checkpoint(resume, repair) if resume else None
+        found = None if folder is None else self._read(folder, repair)
         if found is not None:
             accept(found[0])
+        self.accelerator.wait_for_everyone()
         if self.main:
-            if found is None:
+            if folder is None:
                 self._move_earlier_run_aside()
+            else:
+                for moved in checkpoint.set_aside(folder.parent, checkpoint.step_of(folder)):
+                    self.console.say(f"a later checkpoint, which this run will write anew, is now {moved}")
             (self.folder / "recipe.yaml").write_text(_versions() + self.recipe_text, encoding="utf-8")
         self.accelerator.wait_for_everyone()
         open_trackers(self.accelerator, self.trackers, self.run_name or self.folder.name, self.folder)
         return found
 
-    def _newest(self) -> Found | None:
+    def _checkpoint(self, resume: bool | str, repair: bool) -> Path | None:
+        """The folder to go on from."""
         root = self.folder / "checkpoints"
-        newest, damaged = checkpoint.newest(root)
+        for leftover in checkpoint.unfinished(root):
+            self.console.say(f"{leftover.name} was not finished when its run ended: ignored")
+        if isinstance(resume, str):
+            named = root / Path(resume).name
+            if named not in checkpoint.folders(root) or Path(resume).parent.resolve() not in (Path.cwd(), root.resolve()):
+                there = ", ".join(folder.name for folder in checkpoint.folders(root)) or "none"
+                raise UserError(f"--checkpoint {resume}: not among the checkpoints in {root}: {there}")
+            return named
+        newest, damaged = checkpoint.newest(root, repair)
         for line in damaged:
             self.console.say(f"skipping a damaged checkpoint: {line}")
+        if newest is None and damaged:
+            raise RunError(
+                f"no checkpoint in {root} is whole: {'; '.join(damaged)}; without --resume the run begins anew, and "
+                "what is here is moved aside"
+            )
         if newest is None:
             self.console.say(f"no complete checkpoint in {root}: starting from the beginning")
-            return None
-        self.console.say(f"continuing from {newest}")
-        return checkpoint.read(newest)
+        return newest
+
+    def _read(self, folder: Path, repair: bool) -> Found:
+        damaged = checkpoint.problems(folder) if repair else {}
+        found = checkpoint.read(folder, repair)
+        self.saver.resumed(folder, found[1])
+        if damaged:
+            self.console.say(f"--replay-repair: {checkpoint.in_words(damaged)}; its episodes are dropped")
+        self.console.say(f"continuing from {folder}")
+        return found
 
     def _move_earlier_run_aside(self) -> None:
         """A new run never overwrites an earlier one."""
@@ -99,11 +137,16 @@ class Logbook:
 
     @contextmanager
     def panel(self, total_steps: int) -> Iterator[None]:
-        """The live view while training. However that ends, trackers get what they have not written yet."""
+        """The live view while training. However that ends, trackers get what they have not written yet, and unless it
+        was to end at once a checkpoint that is being written is finished.
+        """
         self.say(f"training {self.base_name} for {total_steps} steps; everything is written to {self.folder}")
         try:
             with self.console.live(total_steps):
                 yield
+        except Exception:
+            self.saver.wait()
+            raise
         finally:
             close_trackers(self.accelerator)
 
@@ -155,9 +198,12 @@ class Logbook:
     def add(self, name: str, value: Tensor | float) -> None:
         """One more value of a metric, averaged until the next line."""
         self.metrics.add(name, value)
+        if name in checkpoint.MEASURES and math.isfinite(value):
+            self.evaluated[name] = float(value)
 
     def progressed(self, step: int) -> None:
-        """Moves the bar; costs nothing."""
+        """Moves the bar, and raises what went wrong with a checkpoint written beside; costs nothing."""
+        self.saver.look()
         self.console.progress(step)
 
     def write(self, step: int, scored_completions: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -168,33 +214,31 @@ class Logbook:
 
     # --- keeping ----------------------------------------------------------------------------------------------------
 
-    def checkpoint(self, step: int, state: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
-        """Writes a whole checkpoint or none. Each process adds its replay; the main one the rest."""
-        root = self.folder / "checkpoints"
-        final = checkpoint.checkpoint_folder(root, step)
-        temporary = final.with_name(final.name + ".tmp")
-        if final.exists() and checkpoint.verify(final) is None:
-            return
-        try:
-            for name, tensors in parts.items():
-                if self.main or name.startswith("replay-"):
-                    checkpoint.write_part(temporary, name, tensors)
-            self.accelerator.wait_for_everyone()
-            if self.main:
-                checkpoint.finish(temporary, final, state)
-                if self.keep_checkpoints is not None:
-                    checkpoint.prune(root, self.keep_checkpoints)
-        except OSError as error:
-            raise RunError(f"could not write checkpoint {final}: {error}; the one before it is untouched") from error
-        self.accelerator.wait_for_everyone()
+    def checkpoint(
+        self, step: int, state: dict[str, Any], parts: dict[str, dict[str, Tensor]], beside: bool = False
+    ) -> None:
+        """Writes a whole checkpoint or none. Each process adds its replay; the main one the rest.
+
+        beside: where one process runs alone, training goes on while a thread writes. A replay never changes what it
+        gave; of everything else a copy is made here.
+        """
+        alone = self.accelerator.num_processes == 1
+        settled = {
+            name: entries if name.startswith("replay-") else {k: _copied(value) for k, value in entries.items()}
+            for name, entries in parts.items()
+        }
+        recipe = hashlib.sha256(self.recipe_text.encode()).hexdigest()
+        about = {"step": step, "recipe_sha256": recipe, "evaluation": self.evaluated}
+        self.saver.save(step, state, settled, about, beside=beside and alone)
 
     def state(self) -> dict[str, Any]:
         """Where the files stand."""
-        return {"sampled": self.sampled, "metrics": self.metrics.state()}
+        return {"sampled": self.sampled, "metrics": self.metrics.state(), "evaluated": self.evaluated}
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Cuts off what was written after the checkpoint, so that no line comes twice."""
         self.sampled = state["sampled"]
+        self.evaluated = dict(state["evaluated"])
         self.metrics.load_state(state["metrics"])
         if self.main:
             self.metrics.truncate_to(step)
@@ -225,6 +269,10 @@ class Logbook:
                 self._write_card(folder)
         self.console.evaluation(report, side_by_side(pairs))
         self.console.where(self.folder)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _keep_lines(file: Path, count: int) -> None:

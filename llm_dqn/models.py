@@ -3,6 +3,8 @@
 Everything that can be wrong with a model is said here, before the first step and in one sentence.
 """
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -326,6 +328,11 @@ def verify_head_shortcut(model: PreTrainedModel) -> None:
         )
     if not (other - logits)[:, :-1].abs().max().item() <= 10 * tolerance:
         raise UserError(f"{name} lets earlier predictions see later tokens; llm_dqn needs a causal language model")
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """32 bytes that say which token has which id: equal for tokenizers that read stored token ids alike."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).digest()
 
 
 def untie_head(model: PreTrainedModel) -> None:

@@ -25,7 +25,7 @@ from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.processes import Processes
 from llm_dqn.recipe import DQNConfig, Recipe
-from llm_dqn.resume import DEALT, dealt, restore_schedule
+from llm_dqn.resume import DEALT, restore_schedule
 from llm_dqn.rollout import Writer, rollout, verify_generator
 from llm_dqn.signals import StopRequest
 from llm_dqn.types import Episode, PrefixBatch, TDTarget
@@ -122,17 +122,20 @@ class DQNTrainer:
 
     # --- the algorithm ----------------------------------------------------------------------------------------------
 
-    def train(self, resume: bool = False, allow_changes: Sequence[str] = ()) -> dict[str, Any]:
+    def train(
+        self, resume: bool | str = False, allow_changes: Sequence[str] = (), replay_repair: bool = False
+    ) -> dict[str, Any]:
         """Learns until `max_steps` or until `max_scored_completions` are spent; returns what `evaluation.json` has.
 
-        resume: goes on from the newest complete checkpoint in `output_dir`. allow_changes: dotted recipe keys that may
-        then differ from the run's although what was saved belongs to their old value.
+        resume: goes on from the newest complete checkpoint in `output_dir`, or from the one it names. allow_changes:
+        dotted recipe keys that may then differ from the run's although what was saved belongs to their old value.
+        replay_repair: stored episodes whose file is damaged are dropped.
         Raises UserError for what cannot go on or is in use, RunError when the run fails, SystemExit when it was asked
         to stop and has saved.
         """
         try:
             with self.processes:
-                self.begin(resume, allow_changes)
+                self.begin(resume, allow_changes, replay_repair)
                 self.learn()
                 self.save_model()
                 return self.evaluate()
@@ -268,14 +271,14 @@ class DQNTrainer:
 
     # --- starting, looking, keeping ---------------------------------------------------------------------------------
 
-    def begin(self, resume: bool, allow_changes: Sequence[str] = ()) -> None:
-        """Opens the run folder, goes on from its newest checkpoint when asked, and has writer and learner compared."""
+    def begin(self, resume: bool | str, allow_changes: Sequence[str] = (), replay_repair: bool = False) -> None:
+        """Opens the run folder, goes on from a checkpoint when asked, and has writer and learner compared."""
 
         def accept(state: dict[str, Any]) -> None:
             for line in recipe_changes.changes(state["recipe"], self.settings, allow_changes):
                 self.logbook.say(f"changed: {line}")
 
-        found = self.logbook.open(resume, accept)
+        found = self.logbook.open(resume, accept, replay_repair)
         if found is not None:
             self.load_state(*found)
         verify_generator(self.parts.writer, self.parts.eval_prompts)
@@ -319,7 +322,7 @@ class DQNTrainer:
             self.q_alarm.seen(self.replay.rewards)
             self.q_alarm.look(self.step, line.get("train/q_max"))
         if args.save_steps and self.step % args.save_steps == 0 and not last:
-            self.save_checkpoint()
+            self.save_checkpoint(beside=True)
 
     def evaluate(self) -> dict[str, Any]:
         """Base against tuned on the held-out prompts; written to `evaluation.json` and shown."""
@@ -351,9 +354,9 @@ class DQNTrainer:
         say = self.logbook.say
         return push(self.args.output_dir, repo_id, public=not private, base_model=base_model, say=say)
 
-    def save_checkpoint(self) -> None:
-        """Writes everything that makes the run continue exactly; does nothing when this step is saved already."""
-        self.logbook.checkpoint(self.step, self.state(), self.tensors())
+    def save_checkpoint(self, beside: bool = False) -> None:
+        """Writes all that makes the run continue exactly, unless it is saved; `beside`: while training goes on."""
+        self.logbook.checkpoint(self.step, self.state(), self.tensors(), beside)
 
     def state(self) -> dict[str, Any]:
         """Counters of a checkpoint, as plain JSON. They key all random streams, which need no state of their own."""
@@ -375,7 +378,7 @@ class DQNTrainer:
         return {
             "network": self.network.checkpoint_state(),
             "optimizer": checkpoint.optimizer_tensors(self.parts.optimizer),
-            f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.state_arrays()),
+            f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
         }
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -387,10 +390,9 @@ class DQNTrainer:
             raise UserError(
                 f"the checkpoint does not fit the model, adapter or Q-head of this recipe: {error}"
             ) from error
-        shards = [checkpoint.as_arrays(tensors[name]) for name in sorted(tensors) if name.startswith("replay-")]
-        self.replay.load_arrays(dealt(shards, self.processes.rank, self.processes.world))
-        if len(shards) != self.processes.world:
-            self.logbook.say(DEALT.format(then=len(shards), now=self.processes.world))
+        then = checkpoint.restore_replay(self.replay, tensors, self.processes.rank, self.processes.world)
+        if then != self.processes.world:
+            self.logbook.say(DEALT.format(then=then, now=self.processes.world))
         self.step, self.collected_at = state["step"], state["collected_at"]
         self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
         self.nonfinite.total = state["nonfinite_steps"]
