@@ -1,5 +1,6 @@
 """The command line: commands, nothing else. Heavy imports happen inside them, so that --help answers at once."""
 
+import errno
 import logging
 import signal
 import sys
@@ -48,11 +49,19 @@ def train(
         list[str] | None,
         typer.Option(metavar="KEY", help="With --resume: let this setting change all the same; again for each."),
     ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --resume: from this one, such as step-000100.")
+    ] = None,
+    replay_repair: Annotated[
+        bool, typer.Option("--replay-repair", help="With --resume: drop stored episodes whose file is damaged.")
+    ] = False,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
 ) -> None:
     """Train: write, score, remember, learn."""
     from llm_dqn.recipe import load_recipe
 
+    if (checkpoint or replay_repair) and not resume:
+        raise UserError(f"{'--checkpoint' if checkpoint else '--replay-repair'} needs --resume beside it")
     loaded = load_recipe(recipe, overrides or ())
     refuse_if_running(Path(loaded.train.output_dir))
     _look_for_the_hub(loaded.sources, loaded.folder)
@@ -61,11 +70,13 @@ def train(
 
         again = ["train", recipe, *(overrides or ()), *(["--resume"] if resume else [])]
         again += [f"--allow-change={key}" for key in allow_change or ()]
+        again += [f"--checkpoint={checkpoint}"] if checkpoint else []
+        again += ["--replay-repair"] if replay_repair else []
         sys.exit(launch_processes(num_processes, again))
     from llm_dqn.trainer import DQNTrainer
 
     _hush()
-    DQNTrainer.from_recipe(loaded).train(resume, allow_change or ())
+    DQNTrainer.from_recipe(loaded).train(checkpoint or resume, allow_change or (), replay_repair)
 
 
 @app.command()
@@ -375,6 +386,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except RunError as error:
         _say(f"{error.heading}: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _say(f"the run failed: {error}", err=True)  # the disk is full
         sys.exit(1)
     except Stopped as stop:
         sys.exit(stop.code)
