@@ -15,14 +15,18 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llm_dqn import __version__, card, checkpoint
+from llm_dqn import __version__, card, checkpoint, pages
 from llm_dqn.console import Console
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.evaluation import side_by_side
 from llm_dqn.lock import RunLock
 from llm_dqn.metrics import MetricsLog, close_trackers, open_trackers
 from llm_dqn.network import QNetwork
+from llm_dqn.report import write_report
+from llm_dqn.rollout import Writer
+from llm_dqn.run_files import EVALUATION_SAMPLES
 from llm_dqn.saver import Saver
+from llm_dqn.scoring import describe_tokens
 from llm_dqn.types import Episode, QOutput, TDTarget
 
 SAMPLES_A_COLLECT = 4
@@ -62,17 +66,18 @@ class Logbook:
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
-    def open(
-        self, resume: bool | str, accept: Callable[[dict[str, Any]], None], repair: bool = False
-    ) -> Found | None:
+    def claim(self) -> None:
+        """Keeps other runs out of the folder; UserError naming the run that is in it."""
+        if self.main:
+            self.lock.acquire()
+
+    def open(self, resume: bool | str, accept: Callable[[dict[str, Any]], None], repair: bool = False) -> Found | None:
         """Prepares the folder; with `resume`, what a checkpoint holds: the newest complete one, or the one it names.
 
         None when there is none. accept: sees the state in the checkpoint before anything is written, and raises when
-        the run cannot go on from it. repair: goes on without damaged segments of the replay. Raises UserError when
-        another run is in the folder, RunError when checkpoints are damaged and none is complete.
+        the run cannot go on from it. repair: goes on without damaged segments of the replay. Raises RunError when
+        checkpoints are damaged and none is complete.
         """
-        if self.main:
-            self.lock.acquire()
         folder = self._checkpoint(resume, repair) if resume else None
         found = None if folder is None else self._read(folder, repair)
         if found is not None:
@@ -96,7 +101,10 @@ class Logbook:
             self.console.say(f"{leftover.name} was not finished when its run ended: ignored")
         if isinstance(resume, str):
             named = root / Path(resume).name
-            if named not in checkpoint.folders(root) or Path(resume).parent.resolve() not in (Path.cwd(), root.resolve()):
+            if named not in checkpoint.folders(root) or Path(resume).parent.resolve() not in (
+                Path.cwd(),
+                root.resolve(),
+            ):
                 there = ", ".join(folder.name for folder in checkpoint.folders(root)) or "none"
                 raise UserError(f"--checkpoint {resume}: not among the checkpoints in {root}: {there}")
             return named
@@ -231,6 +239,11 @@ class Logbook:
         about = {"step": step, "recipe_sha256": recipe, "evaluation": self.evaluated}
         self.saver.save(step, state, settled, about, beside=beside and alone)
 
+    def last_checkpoint(self) -> str:
+        """Which checkpoint a run would go on from, in words."""
+        newest, _ = checkpoint.newest(self.folder / "checkpoints")
+        return "no checkpoint was written yet" if newest is None else f"the last good checkpoint is {newest}"
+
     def state(self) -> dict[str, Any]:
         """Where the files stand."""
         return {"sampled": self.sampled, "metrics": self.metrics.state(), "evaluated": self.evaluated}
@@ -259,20 +272,33 @@ class Logbook:
         recipe = _versions() + self.recipe_text
         card.read_card(folder, self.folder, str(folder), self.base_name, kind, recipe).write(folder)
 
-    def finished(self, report: dict[str, Any], pairs: Sequence[tuple[Episode, Episode]]) -> None:
-        """Writes `evaluation.json` and shows before and after."""
+    def finished(self, report: dict[str, Any], pairs: Sequence[tuple[Episode, Episode]], writer: Writer) -> None:
+        """Writes `evaluation.json`, its samples token by token and `report.html`, and shows before and after.
+
+        writer: of the tuned policy, which says what each token of the (base, tuned) pairs was worth.
+        """
         if not self.main:
             return
         (self.folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         for folder in (self.folder / "adapter", self.folder / "model"):
             if folder.is_dir():
                 self._write_card(folder)
+        pages.write(self.folder / EVALUATION_SAMPLES, _evaluation_samples(pairs, writer))
+        write_report(self.folder)
         self.console.evaluation(report, side_by_side(pairs))
         self.console.where(self.folder)
 
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _evaluation_samples(pairs: Sequence[tuple[Episode, Episode]], writer: Writer) -> str:
+    """JSON Lines: each pair's completions as score lines with their `side`, base first."""
+    sides = (("base", [base for base, _ in pairs]), ("tuned", [tuned for _, tuned in pairs]))
+    described = [[{"side": side} | line for line in describe_tokens(writer, episodes)] for side, episodes in sides]
+    in_pairs = (line for pair in zip(*described, strict=True) for line in pair)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in in_pairs)
 
 
 def _keep_lines(file: Path, count: int) -> None:

@@ -51,6 +51,18 @@ class MicroBatch:
         self.size, self.may_halve = rows // 2, False
 
 
+def writing_batch(size: int, say: Callable[[str], None]) -> MicroBatch:
+    """Completions written at a time."""
+    cure = "set rollout.max_completion_length or data.max_prompt_length lower"
+    return MicroBatch(size, "writing completions", cure, say)
+
+
+def learning_batch(size: int, say: Callable[[str], None], alone: bool) -> MicroBatch:
+    """Episodes in a forward and backward pass, in which processes wait for one another: none can begin again alone."""
+    cure = "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps"
+    return MicroBatch(size, "learning", cure, say, may_halve=alone)
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, on a GPU or in the machine."""
     return isinstance(error, torch.OutOfMemoryError) or any(saying in str(error) for saying in _SAYINGS)

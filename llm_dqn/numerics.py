@@ -12,11 +12,11 @@ from llm_dqn.errors import RunError
 class NonFiniteSteps:
     """Counts learner steps that were left out because their loss or gradient was NaN or infinite.
 
-    patience: how many in a row are borne. say: where a line for people goes.
+    patience: how many in a row are borne. say: where a line for people goes. fallback: what is left when they are not.
     """
 
-    def __init__(self, patience: int, say: Callable[[str], None]) -> None:
-        self.patience, self.say = patience, say
+    def __init__(self, patience: int, say: Callable[[str], None], fallback: Callable[[], str]) -> None:
+        self.patience, self.say, self.fallback = patience, say, fallback
         self.total = 0
         self.in_a_row = 0
 
@@ -29,7 +29,11 @@ class NonFiniteSteps:
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         self.say(f"step {step}: {blame}; the step is left out ({self.in_a_row} in a row)")
         if self.in_a_row >= self.patience:
-            raise RunError(f"{self.in_a_row} steps in a row could not be learned from; the last, step {step}: {blame}")
+            raise RunError(
+                f"{self.in_a_row} steps in a row could not be learned from; the last, step {step}: {blame}; the "
+                f"weights are those before them, and {self.fallback()}; perhaps --resume with a lower "
+                "train.learning_rate gets past this"
+            )
 
 
 def all_finite(values: Sequence[Tensor]) -> Tensor:

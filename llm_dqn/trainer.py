@@ -2,11 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +19,8 @@ from llm_dqn.errors import RunError, StepFailed, UserError
 from llm_dqn.hub import push
 from llm_dqn.inputs import inputs_from_python, inputs_of
 from llm_dqn.learner import Learner
-from llm_dqn.lock import refuse_if_running
 from llm_dqn.logbook import Logbook
-from llm_dqn.memory import MicroBatch
+from llm_dqn.memory import learning_batch, writing_batch
 from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.processes import Processes
@@ -30,6 +30,7 @@ from llm_dqn.rollout import Writer, rollout, verify_generator
 from llm_dqn.signals import StopRequest
 from llm_dqn.types import Episode, PrefixBatch, TDTarget
 
+T = TypeVar("T")
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
@@ -70,7 +71,6 @@ class DQNTrainer:
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "DQNTrainer":
         """The same trainer from a recipe."""
-        refuse_if_running(Path(recipe.train.output_dir))
         return cls.of_inputs(*inputs_of(recipe), recipe)
 
     @classmethod
@@ -101,7 +101,7 @@ class DQNTrainer:
         self.processes = Processes(
             parts.accelerator.process_index, parts.accelerator.num_processes, parts.network.device
         )
-        self.nonfinite = NonFiniteSteps(args.max_nonfinite_steps, say)
+        self.nonfinite = NonFiniteSteps(args.max_nonfinite_steps, say, self.logbook.last_checkpoint)
         self.learner = Learner(
             parts,
             self.logbook,
@@ -114,11 +114,8 @@ class DQNTrainer:
             cql_weight=args.cql_weight,
         )
         self.q_alarm = QAlarm(args.beta, say)
-        shorter = "set rollout.max_completion_length or data.max_prompt_length lower"
-        self.writing = MicroBatch(parts.writer.batch_size, "writing completions", shorter, say)
-        # In backward the processes wait for one another, so that one of them cannot begin again alone.
-        fewer = "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps"
-        self.learning = MicroBatch(args.per_device_train_batch_size, "learning", fewer, say, may_halve=alone)
+        self.writing = writing_batch(parts.writer.batch_size, say)
+        self.learning = learning_batch(args.per_device_train_batch_size, say, alone)
 
     # --- the algorithm ----------------------------------------------------------------------------------------------
 
@@ -202,11 +199,8 @@ class DQNTrainer:
         prompts = self.parts.stream.next_batch(-(-args.prompts_per_collect // share))[: self.budget_left]
         policy = BehaviourPolicy(args.temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
         seed = self.seed_for(COLLECT, self.scored_completions)
-
-        def attempt(rows: int) -> list[Episode]:
-            return rollout(self.writer(rows), prompts, policy, seed, policy_version=self.step)
-
-        return self.writing.run(attempt, len(prompts))
+        write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
+        return self.written(write, len(prompts))
 
     def score(self, episodes: list[Episode]) -> list[Episode]:
         """What the rewards say; completions on which all of them abstained are left out."""
@@ -217,6 +211,7 @@ class DQNTrainer:
         self.samples_drawn += 1
         rng = np.random.default_rng([self.args.seed, REPLAY, self.samples_drawn, self.parts.accelerator.process_index])
         batch = self.replay.sample(self.args.per_device_train_batch_size, rng, self.parts.sampling)
+        self.logbook.add("replay/age", float(self.step - self.replay.versions[batch.slots.numpy()].mean()))
         return batch.to(self.parts.accelerator.device)
 
     @torch.no_grad()
@@ -265,9 +260,9 @@ class DQNTrainer:
         """A seed that no other purpose, step or process has."""
         return stream_seed(self.args.seed, *names, self.parts.accelerator.process_index)
 
-    def writer(self, rows: int) -> Writer:
-        """What writes completions, so many at a time at most."""
-        return replace(self.parts.writer, batch_size=rows)
+    def written(self, work: Callable[[Writer], T], rows: int) -> T:
+        """What `work` with a writer returns; the writer writes fewer completions at a time when memory runs out."""
+        return self.writing.run(lambda size: work(replace(self.parts.writer, batch_size=size)), rows)
 
     # --- starting, looking, keeping ---------------------------------------------------------------------------------
 
@@ -278,6 +273,7 @@ class DQNTrainer:
             for line in recipe_changes.changes(state["recipe"], self.settings, allow_changes):
                 self.logbook.say(f"changed: {line}")
 
+        self.processes.agree(self.logbook.claim)
         found = self.logbook.open(resume, accept, replay_repair)
         if found is not None:
             self.load_state(*found)
@@ -306,11 +302,8 @@ class DQNTrainer:
         if args.eval_steps and self.step % args.eval_steps == 0:
             verify_generator(self.parts.writer, self.parts.eval_prompts)
             prompts = self.parts.eval_prompts[: args.eval_prompts]
-
-            def attempt(rows: int) -> evaluation.Measured:
-                return evaluation.measure(self.writer(rows), prompts, self._judge, [self.seed_for(EVALUATE)])
-
-            measured = self.processes.agree(lambda: self.writing.run(attempt, len(prompts)))
+            measure = partial(evaluation.measure, prompts=prompts, judge=self._judge, seeds=[self.seed_for(EVALUATE)])
+            measured = self.processes.agree(lambda: self.written(measure, len(prompts)))
             for name in ("reward", "reward_greedy"):
                 if measured.figures[name] is not None:
                     self.logbook.add(f"eval/{name}", measured.figures[name])
@@ -328,11 +321,16 @@ class DQNTrainer:
         """Base against tuned on the held-out prompts; written to `evaluation.json` and shown."""
         prompts = self.parts.eval_prompts[: self.args.final_eval_prompts]
         self.logbook.say(f"measuring base and tuned model on {len(prompts)} held-out prompts ...")
-        seeds, scales = [self.seed_for(EVALUATE)], self.args.final_beta_scales
-        report, pairs = evaluation.base_and_tuned(
-            self.parts.writer, prompts, self._judge, seeds, scales=scales, scale_prompts=CURVE_PROMPTS
+        measure = partial(
+            evaluation.base_and_tuned,
+            prompts=prompts,
+            judge=self._judge,
+            seeds=[self.seed_for(EVALUATE)],
+            scales=self.args.final_beta_scales,
+            scale_prompts=CURVE_PROMPTS,
         )
-        self.logbook.finished(report, pairs)
+        report, pairs = self.processes.agree(lambda: self.written(measure, len(prompts)))
+        self.logbook.finished(report, pairs, self.parts.writer)
         return report
 
     def _judge(self, episodes: list[Episode]) -> list[Episode | None]:
