@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import file_digest
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -228,12 +228,13 @@ def _without_paths(value: Any, place: str, cut: list[str]) -> Any:
 
 
 def _is_absolute(text: str) -> bool:
-    several = len(text) < 4096 and "\n" not in text and len(PurePath(text).parts) > 1
-    return several and (PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive != "" or text.startswith("~"))
+    if "\n" in text or len(PureWindowsPath(text).parts) < 2:  # knows both kinds of slashes
+        return False
+    return PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute() or text.startswith("~")
 
 
 def _last(path: str) -> str:
-    return PureWindowsPath(path).name  # knows both kinds of slashes
+    return PureWindowsPath(path).name
 
 
 def _refuse_tokens(upload: Upload) -> None:

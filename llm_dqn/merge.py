@@ -350,7 +350,7 @@ def _finished_folder(target: Path) -> Iterator[Path]:
 
 
 def _reloaded(folder: Path, probes: Sequence[Probe], expected: Answers, reference: Answers, proof: Proof) -> Proof:
-    """The proof with what the written files say, opened with plain transformers; MergeError if that is another thing."""
+    """The proof with what the written files say, opened with plain transformers; MergeError if it is another thing."""
     gc.collect()
     found = _answers(models.load_causal_lm(str(folder), dtype="float32"), probes)
     reloaded, rounded = _compare(expected, found), _compare(reference, found)

@@ -201,8 +201,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _refuse(self, status: int, code: str = "", message: str = "") -> None:
-        self._answer({"error": message or code}, status, {"X-Error-Code": code, "X-Error-Message": message or code})
+    def _refuse(self, status: int, code: str = "", message: str = "", commit: str = "") -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": message or code, "X-Repo-Commit": commit}
+        self._answer({"error": message or code}, status, {name: value for name, value in headers.items() if value})
 
     @property
     def user(self) -> str | None:
@@ -370,6 +371,6 @@ class Handler(BaseHTTPRequestHandler):
         if found := self._found(name, revision):
             oid, _ = found[1].get(file, ("", False))
             if not oid:
-                self._refuse(404, "EntryNotFound", "no such file")
+                self._refuse(404, "EntryNotFound", "no such file", found[0])
                 return
             self._answer(self.server.contents[oid], 200, {"ETag": f'"{oid}"', "X-Repo-Commit": found[0]})
