@@ -16,7 +16,8 @@ from llm_dqn import cli_replay
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.lock import refuse_if_running
 from llm_dqn.signals import Stopped, leave
-from llm_dqn.terminal import HarmlessHandler, harmless
+from llm_dqn.terminal import HarmlessHandler, any_script
+from llm_dqn.terminal import say as _say
 
 T = TypeVar("T", int, float)
 
@@ -113,7 +114,7 @@ def generate(
     output: Annotated[str, typer.Option(help="JSONL to write: prompt, completion.")],
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token always, instead of sampling.")] = False,
     beta_scale: Annotated[
-        float | None, typer.Option(help="How far to follow what was learned: 0 = base model, 1 = tuned, 2 = twice.")
+        float | None, typer.Option(help="How far to follow what was learned: 0 = base model, 1 = tuned, 2 = twice, -1 = away from it.")
     ] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1, help="Length cap in tokens.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
@@ -359,19 +360,13 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
-def _say(text: str, err: bool = False, nl: bool = True) -> None:
-    """Prints what may hold text of strangers; every command prints through this or through `console`."""
-    typer.echo(harmless(text), err=err, nl=nl)
-
-
 def _speak_plainly() -> None:
-    """Warnings of this package and tracebacks reach the terminal harmless, too."""
+    """Warnings of this package and tracebacks reach the terminal harmless, too, and every terminal can show them."""
+    any_script()
     package = logging.getLogger("llm_dqn")
     if not package.handlers:
         package.addHandler(HarmlessHandler(logging.WARNING))
-    sys.excepthook = lambda kind, error, trace: print(
-        harmless("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr
-    )
+    sys.excepthook = lambda *bug: _say("".join(traceback.format_exception(*bug)), err=True, nl=False)
 
 
 def main(arguments: list[str] | None = None) -> None:

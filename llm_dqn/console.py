@@ -23,7 +23,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from llm_dqn.terminal import harmless, one_line
+from llm_dqn.terminal import any_script, harmless, one_line
 
 # (metric, label, format), in the order of a reading eye
 SHOWN = (
@@ -67,6 +67,7 @@ class Console:
     """Shows a run. With `enabled` false (every process but the main one) it is silent."""
 
     def __init__(self, enabled: bool = True, console: RichConsole | None = None, stderr: bool = False) -> None:
+        any_script()
         self.enabled = enabled
         self.rich = console or Screen(highlight=False, stderr=stderr)
         self.animated = enabled and self.rich.is_terminal and not self.rich.is_dumb_terminal and "CI" not in os.environ

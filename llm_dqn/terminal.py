@@ -1,5 +1,6 @@
 """Text of models, data and strangers' files is shown in a terminal, never obeyed by it."""
 
+import io
 import logging
 import re
 import sys
@@ -26,6 +27,18 @@ def one_line(text: Any) -> str:
 def _spelled(match: re.Match[str]) -> str:
     number = ord(match[0])
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def any_script() -> None:
+    """Spells out what the terminal's encoding cannot say, instead of failing: 你 becomes a number where LC_ALL is C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(text: str, err: bool = False, nl: bool = True) -> None:
+    """Prints what may hold text of strangers; commands print through this or through `console`."""
+    print(harmless(text), end="\n" if nl else "", file=sys.stderr if err else sys.stdout, flush=True)
 
 
 class HarmlessHandler(logging.Handler):
