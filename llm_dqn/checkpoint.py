@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -98,7 +99,10 @@ def in_words(found: Mapping[str, str]) -> str:
     names: dict[str, list[str]] = {}
     for name, problem in found.items():
         names.setdefault(problem, []).append(name)
-    return "; ".join(f"{', '.join(several)} {problem}" for problem, several in names.items())
+    return "; ".join(
+        f"{', '.join(several)} {problem.replace('is missing', 'are missing') if several[1:] else problem}"
+        for problem, several in names.items()
+    )
 
 
 def only_segments(found: Mapping[str, str]) -> bool:
@@ -175,7 +179,10 @@ def read(folder: Path, repair: bool = False) -> tuple[dict[str, Any], Parts]:
     for name in _manifest(folder)["files"]:
         if name in found or not name.endswith(".safetensors"):
             continue
-        tensors = load_file(folder / name)
+        try:
+            tensors = load_file(folder / name)
+        except SafetensorError as error:
+            raise RunError(f"checkpoint {folder} is damaged: {name} cannot be opened ({error})") from error
         segment = _SEGMENT_FILE.fullmatch(name)
         if segment:
             parts.setdefault(segment[1], {}).update({f"{segment[2]}/{key}": value for key, value in tensors.items()})
