@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 # one thread a process is fastest for models this small, and makes runs repeat bit for bit
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test check format bench clean
+.PHONY: help install quickstart test check browser format bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,12 @@ check: $(STAMP)  ## format, lint, types, and which file may import which
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+browser:  ## Chromium for the tests of HTML pages, on Debian and Ubuntu as root
+	if ! { command -v chromium && command -v chromedriver; } > /dev/null; then \
+		timeout 120 apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive timeout 400 apt-get install -qq -y --no-install-recommends chromium chromium-driver; \
+	fi
 
 format: $(STAMP)  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .

@@ -122,12 +122,13 @@ def _headline(run: RunFiles) -> str:
     if before is None or after is None:
         latest = [row["eval/reward"] for row in run.metrics if row.get("eval/reward") is not None]
         if latest:
-            return f"Not finished: the latest held-out reward is {latest[-1]:.3f}."
+            return f"Not finished: the latest held-out reward is {_number(latest[-1], 3)}."
         return "Not finished, and not yet measured on held-out prompts."
     low, high = _gain(run)[1]
     if low <= 0 <= high:
-        return f"No sure change: reward {before:.3f} before, {after:.3f} after."
-    return f"The reward {'rose' if after > before else 'fell'} from {before:.3f} to {after:.3f}."
+        return f"No sure change: reward {_number(before, 3)} before, {_number(after, 3)} after."
+    way = "rose" if after > before else "fell"
+    return f"The reward {way} from {_number(before, 3)} to {_number(after, 3)}."
 
 
 def _how_sure(run: RunFiles) -> str:
@@ -170,8 +171,8 @@ def _key_figures(run: RunFiles) -> list[Figure]:
     for key, name in (("reward", "Reward, sampled"), ("reward_greedy", "Reward, greedy")):
         if base.get(key) is not None and tuned.get(key) is not None:
             interval = tuned.get(f"{key}_ci")
-            note = "95 % interval " + _interval(interval, 3) if interval else "taking the likeliest token"
-            figures.append(Figure(name, f"{tuned[key]:.3f}", note, f"{base[key]:.3f}"))
+            note = "95 % interval " + _interval(interval, 3) if interval else "the likeliest token always"
+            figures.append(Figure(name, _number(tuned[key], 3), note, _number(base[key], 3)))
     if run.evaluation.get("win_rate") is not None:
         figures.append(Figure("Wins against the base", f"{run.evaluation['win_rate']:.0%}", "ties count half"))
     if tuned.get("kl") is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from llm_dqn import calibration
+from llm_dqn import calibration, pages
 from llm_dqn.calibration import Predictions
 from llm_dqn.charts import Axis, Series, histogram, line_chart, ticks
 from llm_dqn.run_files import RunFiles
@@ -21,7 +21,7 @@ LEARNING: tuple[tuple[str, str, str, tuple[tuple[str, str], ...], float | None],
     ("TD loss", "squared error of Q against its target", "reward squared", (("TD loss", "train/td_loss"),), 0.0),
     (
         "Q of the tokens taken",
-        "what the network says, and what it should have said",
+        "said, and should have said",
         "reward",
         (("Q", "train/q_taken"), ("target", "train/td_target")),
         None,
@@ -84,9 +84,10 @@ def reward_charts(run: RunFiles) -> list[tuple[Across, Picture]]:
         ]
         base = run.evaluation.get("base") or {}
         if base.get("reward") is not None and run.metrics:
-            xs = across.of([run.metrics[0], run.metrics[-1]])
+            xs = series[0].x or across.of(run.metrics)
             low, high = base.get("reward_ci") or (None, None)
-            series.append(Series("base model", xs, [base["reward"]] * 2, [low] * 2, [high] * 2, kind=4))
+            level, lows, highs = ([value] * len(xs) for value in (base["reward"], low, high))
+            series.append(Series("base model", xs, level, lows, highs, kind=4))
         sizes = (
             Markup(line_chart(series, f"Reward against {across.label}", Axis(across.label), Axis("reward"), size))
             for size in (WIDE, NARROW)
@@ -101,7 +102,7 @@ def learning_charts(run: RunFiles) -> list[Picture]:
     parts = sorted({name for row in run.metrics for name in row if name.startswith("rollout/reward/")})
     every = list(LEARNING)
     if parts:
-        named = tuple((name.removeprefix("rollout/reward/"), name) for name in parts[:5])
+        named = tuple((pages.clean(name.removeprefix("rollout/reward/")), name) for name in parts[:5])
         every.insert(0, ("Reward by function", "while training, before weights", "reward", named, None))
     pictures = []
     for title, caption, unit, lines, low in every:
@@ -121,7 +122,7 @@ def distribution(run: RunFiles) -> Picture | None:
     ]
     if not all(values for _, values in samples):
         return None
-    svg = histogram(samples, "Rewards before and after", Axis("reward"), (400, 290), kinds=(0, 4))
+    svg = histogram(samples, "Rewards before and after", Axis("reward"), (440, 300), kinds=(0, 4))
     return Picture("Distribution of the reward", "of sampled held-out completions", Markup(svg))
 
 
@@ -183,7 +184,7 @@ def calibration_charts(found: Predictions) -> list[Picture]:
     drawn = [
         (
             "Promise and outcome",
-            "V in bins against what came then; on the dotted line it is right",
+            "on the dotted line V is right",
             line_chart(
                 reliable,
                 "Reliability of V",
