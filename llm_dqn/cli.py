@@ -114,7 +114,10 @@ def generate(
     output: Annotated[str, typer.Option(help="JSONL to write: prompt, completion.")],
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token always, instead of sampling.")] = False,
     beta_scale: Annotated[
-        float | None, typer.Option(help="How far to follow what was learned: 0 = base model, 1 = tuned, 2 = twice, -1 = away from it.")
+        float | None,
+        typer.Option(
+            help="How far to follow what was learned: 0 = base model, 1 = tuned, 2 = twice, -1 = away from it."
+        ),
     ] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1, help="Length cap in tokens.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,

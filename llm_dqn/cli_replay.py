@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from llm_dqn.terminal import say
+
 app = typer.Typer(
     help="Look into the replay buffer of a run's newest checkpoint.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -79,4 +81,4 @@ def export(
     from llm_dqn.replay_export import export
 
     count = export(run, output, Choice(sort, lowest, source, min_reward, max_reward, limit), checkpoint)
-    typer.echo(f"{count} episodes written to {output}")
+    say(f"{count} episodes written to {output}")

@@ -97,7 +97,7 @@ def load_causal_lm(
             output_loading_info=True,
             **options,
         )
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # damaged files make the parsers below raise of every kind
         raise loading_error(path, revision, "model", error) from error
     model, loading = loaded
     refuse_missing_weights(path, loading["missing_keys"])
@@ -175,8 +175,8 @@ def check_safetensors(path: str) -> None:
 
 def _no_safetensors(path: str) -> str:
     return (
-        f"'{path}' has pickled weights (.bin) only, which can run code when opened; if you trust them set "
-        "use_safetensors: false, or convert them once with model.save_pretrained(folder)"
+        f"'{path}' has pickled weights (.bin) only, which can run code when opened; convert them once with "
+        "model.save_pretrained(folder), or set model.use_safetensors: false if it is to be tuned and you trust them"
     )
 
 
@@ -201,6 +201,8 @@ def loading_error(path: str, revision: str | None, part: str, error: BaseExcepti
         return UserError(_no_safetensors(path))
     if isinstance(error, OSError) and not Path(path).is_dir():
         return NotReachable(f"{where} is neither a local folder nor reachable on the Hub ({_first_sentence(text)})")
+    if "weights_only" in text:
+        return UserError(f"the weights of {where} hold more than tensors, which could run code; they were not opened")
     damaged = "; the file is damaged or was not copied whole" if isinstance(error, SafetensorError) else ""
     return UserError(
         f"the {part} {where} could not be loaded: {type(error).__name__}: {_first_sentence(text)}{damaged}"

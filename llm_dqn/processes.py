@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from llm_dqn.errors import RunError, StepFailed, UserError
 from llm_dqn.signals import Stopped
+from llm_dqn.terminal import say
 
 T = TypeVar("T")
 PERIOD = 0.3  # seconds between two looks at the others
@@ -141,7 +141,7 @@ class Processes:
         assert self._known is not None
         for child in multiprocessing.active_children():
             child.kill()
-        print(f"the run failed: {self._known[1]}", file=sys.stderr, flush=True)
+        say(f"the run failed: {self._known[1]}", err=True)
         os._exit(2 if self._known[0] == "UserError" else 1)
 
     def _leave(self) -> None:

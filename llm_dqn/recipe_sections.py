@@ -135,7 +135,8 @@ class RewardSection(Section):
     """What judges whole completions."""
 
     funcs: list[Text] = Field(
-        min_length=1, description="file.py:function, package.module:function, or folder or Hub id of a reward model."
+        min_length=1,
+        description="file.py:function or package.module:function (code that is run), or folder or id of a reward model.",
     )
     weights: list[Float] | None = Field(
         default=None, description="Factor of each reward function in the sum; null = 1 each."
