@@ -167,6 +167,7 @@ class Console:
         tuned: Mapping[str, Any],
         win_rate: float | None = None,
         samples: Sequence[Mapping[str, Any]] = (),
+        win_rate_ci: Sequence[float] | None = None,
     ) -> None:
         """Before and after. `base` and `tuned` hold what `evaluation.json` does; each of `samples` has `prompt`,
         `base`, `base_reward`, `tuned`, `tuned_reward`.
@@ -183,14 +184,16 @@ class Console:
             if name in base or name in tuned:
                 table.add_row(label, _with_interval(base, name, spec), _with_interval(tuned, name, spec))
         if win_rate is not None:
-            table.add_row("tuned wins, ties half", "", form(win_rate, ".0%"))
+            wins = {"win_rate": win_rate, "win_rate_ci": win_rate_ci}
+            table.add_row("tuned wins, ties half", "", _with_interval(wins, "win_rate", ".0%"))
         self.rich.print(table)
         if samples:
             self.rich.print(self._side_by_side(samples))
 
     def evaluation(self, report: Mapping[str, Any], samples: Sequence[Mapping[str, Any]] = ()) -> None:
         """Everything in `evaluation.json`: the table, each seed's reward, the strength curve, what there is to say."""
-        self.final_table(report["base"], report["tuned"], report["win_rate"], samples)
+        ci = report.get("win_rate_ci")
+        self.final_table(report["base"], report["tuned"], report["win_rate"], samples, win_rate_ci=ci)
         for number, seed in enumerate(report["seeds"] if "reward_by_seed" in report["base"] else ()):
             means = [form(report[side]["reward_by_seed"][number], ".3f") for side in ("base", "tuned")]
             self.say(f"  seed {seed}: reward {means[0]} before, {means[1]} after")

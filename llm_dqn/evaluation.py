@@ -42,7 +42,8 @@ def measure(
 
     Figures: `reward` (mean of sampled), `reward_ci` (95 %, bootstrap over prompts), `reward_greedy`, `kl` (nats a
     token, exact over the vocabulary, on the sampled completions), `perplexity` (of the sampled completions under the
-    base), `length` (tokens), `distinct_1`, `distinct_2`, `prompts`. With several seeds `reward_by_seed`; where rewards
+    base), `length` (tokens), `distinct_1`, `distinct_2` (means over seeds, as both fall with the number of texts),
+    `prompts`. With several seeds `reward_by_seed`; where rewards
     abstained `abstained`, sampled completions without any; where the data has references `bleu`, `wer` of the sampled
     and `bleu_greedy`, `wer_greedy` of the greedy completions. None where there is nothing to average.
     """
@@ -60,16 +61,14 @@ def measure(
         "kl": 0.0 if base else mean_kl(writer, written),
         "perplexity": perplexity([episode.ref_logprobs for episode in written]),
         "length": _mean([len(row) for row in ids]),
-        "distinct_1": distinct_n(ids, 1),
-        "distinct_2": distinct_n(ids, 2),
+        "distinct_1": _mean([distinct_n(part, 1) for part in _by_seed(ids, prompts)]),
+        "distinct_2": _mean([distinct_n(part, 2) for part in _by_seed(ids, prompts)]),
         "prompts": len(prompts),
         **_by_reference(written),
         **{f"{name}_greedy": value for name, value in _by_reference(greedy).items()},
     }
     if len(seeds) > 1:
-        figures["reward_by_seed"] = [
-            _mean(rewards[start : start + len(prompts)]) for start in range(0, len(rewards), len(prompts))
-        ]
+        figures["reward_by_seed"] = [_mean(part) for part in _by_seed(rewards, prompts)]
     if None in judged:
         figures["abstained"] = judged.count(None)
     return Measured({name: _finite(value) for name, value in figures.items()}, written, judged)
@@ -216,6 +215,11 @@ def _first_prompts(measured: Measured, prompts: int, few: int) -> Written:
     """The completions of the first `few` of so many prompts, for every seed."""
     chosen = [index for index in range(len(measured.written)) if index % prompts < few]
     return [measured.written[index] for index in chosen], [measured.judged[index] for index in chosen]
+
+
+def _by_seed(values: Sequence[Any], prompts: Sequence[Prompt]) -> list[Sequence[Any]]:
+    """What stands seed after seed, apart."""
+    return [values[start : start + len(prompts)] for start in range(0, len(values), len(prompts))]
 
 
 def _by_reference(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -147,6 +147,7 @@ def test_several_seeds_are_pooled_and_shown_apart(tiny_llama_path):
         assert report[side]["reward"] == pytest.approx(np.mean(by_seed))
         assert report[side]["reward_greedy"] == alone[0][side]["reward_greedy"]
         assert report[side]["prompts"] == len(asked) and "reward_by_seed" not in alone[0][side]
+        assert report[side]["distinct_2"] == pytest.approx(np.mean([one[side]["distinct_2"] for one in alone]))
     rewards = np.array([tuned.reward for _, tuned in pairs])
     assert report["tuned"]["reward_ci"] == bootstrap_interval(rewards, [0, 1, 2, 3] * 2)
 

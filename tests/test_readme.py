@@ -127,7 +127,7 @@ def test_every_figure_of_an_evaluation_is_in_the_readme(run: Path) -> None:
     report = json.loads((run / "evaluation.json").read_text())
     described = {name for row in table("in `evaluation.json`") for name in names(row[0])}
     assert described == set(report["base"]) == set(report["tuned"])
-    assert set(report) == {"base", "tuned", "win_rate"}
+    assert set(report) == {"base", "tuned", "win_rate", "win_rate_ci", "seeds", "split"}
 
 
 def test_every_file_of_a_run_is_in_the_readme(run: Path) -> None:
