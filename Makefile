@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 # one thread a process is fastest for models this small, and makes runs repeat bit for bit
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test check browser format bench clean
+.PHONY: help install quickstart test torture check browser format bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,9 @@ quickstart: $(STAMP)  ## train the shipped tiny model against the shipped reward
 
 test: $(STAMP)  ## all tests that this machine can run
 	$(RUN) $(BIN)/python -m pytest
+
+torture: $(STAMP)  ## 200 times kill -9 and --resume; a quarter of an hour
+	$(RUN) $(BIN)/python -m tests.torture --kills 200 --output benchmarks/results/torture.json
 
 check: $(STAMP)  ## format, lint, types, and which file may import which
 	$(BIN)/ruff format --check .
