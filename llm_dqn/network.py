@@ -13,6 +13,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,9 @@ from llm_dqn.heads import (
     ActingHead,
     LinearQHead,
     ValueHead,
-    compare_tokens,
+    base_choices,
+    chunk_for,
+    logprobs_and_rank,
     logsumexp_q,
     map_states,
     reduce_states,
@@ -133,8 +136,11 @@ class QNetwork(nn.Module):
     def _lm_logits(self, hidden: Tensor, role: Role) -> Tensor:
         """(N, H) -> (N, V) float32: what the LM of that role says of every token that may be chosen."""
         with self.roles.acting_as(role) as plain, self._precision():
-            logits = self._postprocess(models.lm_head(plain)(hidden))
-        return logits[..., : self.num_tokens].float()
+            return self._chosen_rows(models.lm_head(plain)(hidden))
+
+    def _chosen_rows(self, logits: Tensor) -> Tensor:
+        """What an output layer gives, as float32 logits of the tokens that may be chosen."""
+        return self._postprocess(logits)[..., : self.num_tokens].float()
 
     def _value_head(self, role: Role) -> ValueHead:
         return (self.target_heads if role == "target" else self.heads)["value"]  # type: ignore[return-value]
@@ -240,27 +246,43 @@ class QNetwork(nn.Module):
         V is the value head's, or else (`linear`) the soft maximum beta log sum_a prior(a|s) exp(Q(s, a) / beta), so
         that Q - V = beta (log pi - log prior) for both heads.
         """
-        states = action_states(self._hidden(tokens, "online"), tokens)
-        ref_states = states if self.is_base else action_states(self._hidden(tokens, "reference"), tokens)
+        actions, size = tokens.actions[tokens.action_mask], chunk_for(self.device, self.num_tokens)
+        # No action is chosen after the last token, so the trunk need not read it.
+        read = replace(tokens, input_ids=tokens.input_ids[:, :-1], attention_mask=tokens.attention_mask[:, :-1])
+        ref_states = action_states(self._hidden(read, "reference"), tokens)
+        # Entering a role costs more than a chunk, so all chunks of the reference come before those of the policy.
+        with self.roles.acting_as("reference") as plain, self._precision():
+            head = models.lm_head(plain)
+            chosen, ref_logprobs, base_ranks = map_states(
+                lambda states, actions: base_choices(self._chosen_rows(head(states)), actions, top),
+                size,
+                ref_states,
+                actions,
+            )
+        states = ref_states if self.is_base else action_states(self._hidden(read, "online"), tokens)
 
-        def piece(states: Tensor, ref_states: Tensor, actions: Tensor) -> tuple[Tensor, ...]:
+        def piece(states: Tensor, chosen: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, ...]:
             logits = self._acting_logits(states, "online")
-            ref_logits = logits if self.is_base else self._lm_logits(ref_states, "reference")
-            chosen, logprobs, ref_logprobs, *ranks = compare_tokens(logits, ref_logits, actions, top)
+            logprobs, ranks = logprobs_and_rank(logits, chosen)
             if self.kind == "lm":
                 values = self._value_head("online")(states)
-                q_chosen = values.unsqueeze(-1) + self.beta * (logprobs - ref_logprobs)
-            else:
-                q_values = self._q_head("online")(states)
-                prior = torch.zeros_like(logits) if self.uniform_prior else logits - q_values / self.beta
-                soft = "value" not in self.heads
-                log_prior = prior.log_softmax(-1)
-                values = soft_value(q_values, log_prior, self.beta) if soft else self._value_head("online")(states)
-                q_chosen = q_values.gather(-1, chosen)
-            probs = (ref_logprobs[:, 1:].exp(), logprobs[:, 1:].exp())
-            return q_chosen[:, 0], values, *ranks, chosen[:, 1:], q_chosen[:, 1:], *probs
+                return values.unsqueeze(-1) + self.beta * (logprobs - ref_logprobs), values, logprobs.exp(), ranks
+            q_values = self._q_head("online")(states)
+            prior = torch.zeros_like(logits) if self.uniform_prior else logits - q_values / self.beta
+            soft = "value" not in self.heads
+            log_prior = prior.log_softmax(-1)
+            values = soft_value(q_values, log_prior, self.beta) if soft else self._value_head("online")(states)
+            return q_values.gather(-1, chosen), values, logprobs.exp(), ranks
 
-        return TokenLook(*map_states(piece, states, ref_states, tokens.actions[tokens.action_mask]))
+        if self.is_base:
+            values = self._value_head("online")(states)
+            q_values, probs, ranks = values.unsqueeze(-1).expand_as(chosen), ref_logprobs.exp(), base_ranks
+        else:
+            q_values, values, probs, ranks = map_states(piece, size, states, chosen, ref_logprobs)
+        top_base_probs = ref_logprobs[:, 1:].exp()
+        return TokenLook(
+            q_values[:, 0], values, ranks, base_ranks, chosen[:, 1:], q_values[:, 1:], top_base_probs, probs[:, 1:]
+        )
 
     @torch.no_grad()
     def logprobs(self, tokens: TokenBatch, role: Role) -> Tensor:

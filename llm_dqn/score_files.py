@@ -183,10 +183,11 @@ def score_file(scorer: Scorer, output: str, html: str | None = None, max_html: i
     """
     drawn: list[Line] = []
     total, judged = 0.0, 0
+    encode = json.JSONEncoder(ensure_ascii=False).encode
     bar = Console(stderr=True).bar("scoring", scorer.rows.total)
     with _appended(Path(output), scorer.tell) as stream, bar as advance:
         for line in scorer.lines(advance):
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(encode(line) + "\n")
             if line["reward"] is not None:
                 total, judged = total + line["reward"], judged + 1
             if html is not None and len(drawn) < max_html:

@@ -83,7 +83,7 @@ class RowReader:
             prompt_ids.update((id(draft), ids) for draft, ids in zip(part, encoded, strict=True))
         spoken = [draft for draft in sound if draft.ids is None]
         texts = [draft.completion or "" for draft in spoken]
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        encoded = self._encoded(texts) if texts else []
         completion_ids = {id(draft): ids for draft, ids in zip(spoken, encoded, strict=True)}
         return [
             self._tried(self._given, draft, prompt_ids[id(draft)], completion_ids.get(id(draft)))
@@ -91,6 +91,10 @@ class RowReader:
             else draft
             for draft in drafts
         ]
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, **options)["input_ids"]
 
     def _tried(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -29,7 +29,7 @@ MUTANTS = [
     ("network", "(states.detach()), tokens.action_mask)", "(states), tokens.action_mask)"),
     ("network", "taken = values + self.beta * (logprobs - batch.ref_logprobs)",
      "taken = values - self.beta * (logprobs - batch.ref_logprobs)"),
-    ("network", "return logits[..., : self.num_tokens].float()", "return logits.float()"),
+    ("network", "self._postprocess(logits)[..., : self.num_tokens].float()", "self._postprocess(logits).float()"),
     ("replay", "goes_on = row.ended == \"length\" and", "goes_on = row.ended == \"eos\" and"),
     ("replay", "rewards[i, last] = row.reward", "rewards[i, 0] = row.reward"),
     ("replay", "rewards > rewards.mean() + 1e-9", "rewards < rewards.mean() - 1e-9"),
