@@ -72,14 +72,3 @@ def test_fewer_processes_than_asked_for_is_an_error(tiny_llama_path, tmp_path, m
     monkeypatch.setenv(WORLD_SIZE, "2")
     with pytest.raises(RunError, match="2 processes were asked for and 1 run"):
         accelerator_for(find_unused_parameters=False)
-
-
-def test_resuming_with_another_number_of_processes_is_an_error(tiny_llama_path, tmp_path):
-    """Otherwise the episodes of a process that is missing would be forgotten without a word."""
-    from llm_dqn.errors import UserError
-    from tests.test_trainer import trainer
-
-    run = trainer(tiny_llama_path, tmp_path)
-    state, tensors = run.state(), run.tensors()
-    with pytest.raises(UserError, match="the checkpoint is one of 2 processes, and 1 run; resume with as many"):
-        run.load_state(state, tensors | {"replay-00001": tensors["replay-00000"]})

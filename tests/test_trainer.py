@@ -1,11 +1,6 @@
 """The loop end to end on a tiny model: what it is given in Python, what it leaves behind, that it goes on exactly."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,41 +205,6 @@ def test_mistakes_are_named_before_anything_is_loaded_for_long(tiny_llama_path, 
         DQNTrainer(model, letters, DQNConfig(output_dir=str(tmp_path)), Dataset.from_list(ROWS))
 
 
-def _comparable(folder: Path) -> list[dict]:
-    timed = {"seconds", "tokens_per_second"}
-    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(folder)]
-
-
-@pytest.mark.parametrize("options", [{}, {"prioritized": True, "success_share": 0.0}], ids=["uniform", "prioritized"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny_llama_path, tmp_path, options):
-    """Invariant 9, for a run that is cut between two log lines and in the middle of a collect's updates."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    trainer(tiny_llama_path, whole, max_steps=9, **options).train()
-
-    class Cut(Exception):
-        pass
-
-    first = trainer(tiny_llama_path, cut, max_steps=9, **options)
-    real_update = first.update
-
-    def update(batches, td_targets):
-        if first.step == 5:
-            raise Cut
-        real_update(batches, td_targets)
-
-    first.update = update
-    with pytest.raises(Cut):
-        first.train()
-    assert [p.name for p in (cut / "checkpoints").iterdir()] == ["step-000003"]
-    trainer(tiny_llama_path, cut, max_steps=9, **options).train(resume=True)
-    assert _comparable(cut) == _comparable(whole)
-    for name in ("samples.jsonl", "evaluation.json", "adapter/adapter_model.safetensors", "adapter/q_head.safetensors"):
-        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
-    last = "checkpoints/step-000009"
-    for name in ("network", "optimizer", "replay-00000"):
-        assert (cut / last / f"{name}.safetensors").read_bytes() == (whole / last / f"{name}.safetensors").read_bytes()
-
-
 def test_a_damaged_checkpoint_is_passed_over(tiny_llama_path, tmp_path, capsys):
     trainer(tiny_llama_path, tmp_path).train()
     newest = tmp_path / "checkpoints" / "step-000006" / "network.safetensors"
@@ -262,31 +222,6 @@ def test_a_new_run_moves_an_earlier_one_aside(tiny_llama_path, tmp_path):
         trainer(tiny_llama_path, tmp_path / "run", max_steps=2, eval_steps=0).train()
     assert (tmp_path / "run.earlier-1" / "evaluation.json").is_file()
     assert len(metrics(tmp_path / "run")) == 1
-
-
-RUN_UNTIL_STOPPED = """
-import sys, torch
-torch.set_num_threads(1)
-from tests.test_trainer import trainer
-from pathlib import Path
-trainer(sys.argv[1], Path(sys.argv[2]), max_steps=100000, eval_steps=0, save_steps=0).train()
-"""
-
-
-def test_sigterm_finishes_the_step_saves_and_exits_143(tiny_llama_path, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN_UNTIL_STOPPED, tiny_llama_path, str(tmp_path / "run")],
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
-    lines = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.time() + 120
-    while not lines.exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert len(saved) == 1 and (saved[0] / "manifest.json").is_file()
 
 
 def test_advantages_praise_what_did_better_than_expected(tiny_llama_path, tmp_path):

@@ -1,0 +1,162 @@
+"""Faults that need two real processes: which all of them survive, or none."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm_dqn import checkpoint
+from llm_dqn.lock import NAME, RunLock
+from llm_dqn.resume import dealt
+from tests.faults.runs import SLOW, WEIGHTS, equal_checkpoints, logged, start, wait_for
+from tests.faults.two_processes import FEW
+from tests.test_trainer import trainer
+
+
+@pytest.fixture(scope="module")
+def two(tiny_llama_path: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """(folder, notes by rank) of two real processes that went through `two_processes`."""
+    home = tmp_path_factory.mktemp("two")
+    trainer(tiny_llama_path, home / "alone", **FEW, max_steps=2).train()
+    launched = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.faults.two_processes"]
+    process = start(*launched, tiny_llama_path, str(home))
+    said = process.communicate(timeout=280)[0]
+    notes = [home / f"notes-{rank}.json" for rank in (0, 1)]
+    assert all(file.is_file() for file in notes), said[-3000:]
+    return home, [json.loads(file.read_text()) for file in notes]
+
+
+# --- 2: killed and resumed --------------------------------------------------------------------------------------------
+def test_case_02_two_processes_resume_exactly(two):
+    """With two processes, too: metrics of both, both replays, weights and samples."""
+    home, _ = two
+    assert logged(home / "cut") == logged(home / "whole")
+    for name in ("samples.jsonl", *WEIGHTS):
+        assert (home / "cut" / name).read_bytes() == (home / "whole" / name).read_bytes(), name
+    last = "checkpoints/step-000005"
+    assert equal_checkpoints(home / "cut" / last, home / "whole" / last)
+
+
+# --- 9: another number of processes -----------------------------------------------------------------------------------
+
+
+def test_case_09_a_replay_is_dealt_to_more_processes(two):
+    """From one process to two: every episode has one new home, in order of age, and the run says so."""
+    home, notes = two
+    _, parts = checkpoint.read(home / "alone" / "checkpoints" / "step-000002")
+    shares = [note["more_processes"]["rewards"] for note in notes]
+    assert sorted(shares[0] + shares[1]) == sorted(parts["replay-00000"]["rewards"].tolist())
+    assert [note["more_processes"]["step"] for note in notes] == [2, 2]
+
+
+def test_case_09_replays_of_two_processes_become_one(two, tiny_llama_path, tmp_path, capsys):
+    """From two processes to one: nothing is lost, and the run says that it is no longer bit-exact."""
+    home, _ = two
+    shutil.copytree(home / "whole", tmp_path / "run")
+    options = FEW | {"max_steps": 6, "save_steps": 2, "logging_steps": 3, "lr_scheduler_type": "linear"}
+    run = trainer(tiny_llama_path, tmp_path / "run", **options)
+    run.train(resume=True)
+    assert "the checkpoint is one of 2 processes, and 1 run" in capsys.readouterr().out
+    shards = checkpoint.read_replay(home / "whole" / "checkpoints" / "step-000005")
+    was = sorted(reward for shard in shards for reward in shard["rewards"].tolist())
+    assert sorted(run.replay.rewards[: len(was)].tolist()) == was and run.step == 6
+
+
+def test_case_09_shares_are_whole_episodes():
+    """Tokens and log-probabilities follow their episode, and as many processes as before get what they had."""
+    one = {"lengths": [3, 2], "prompt_lengths": [1, 1], "versions": [0, 4], "tokens": [1, 2, 3, 4, 5]}
+    other = {"lengths": [4], "prompt_lengths": [2], "versions": [2], "tokens": [6, 7, 8, 9]}
+    shards = [{"added": np.array([9])} | {k: np.array(v) for k, v in shard.items()} for shard in (one, other)]
+    for shard in shards:
+        shard["ref_logprobs"] = np.arange(float((shard["lengths"] - shard["prompt_lengths"]).sum())) + len(shard)
+    assert dealt(shards, 1, 2) is shards[1]
+    first, second, third = (dealt(shards, rank, 3) for rank in range(3))
+    assert [share["tokens"].tolist() for share in (first, second, third)] == [[1, 2, 3], [6, 7, 8, 9], [4, 5]]
+    assert third["ref_logprobs"].tolist() == shards[0]["ref_logprobs"][2:].tolist()
+    everything = dealt(shards, 0, 1)
+    assert everything["versions"].tolist() == [0, 2, 4] and everything["added"].tolist() == [3]
+
+
+# --- 17: a failure on one process -------------------------------------------------------------------------------------
+
+
+def test_case_17_a_reward_that_fails_on_one_process_ends_both_and_is_saved(two):
+    """Within seconds, with the same message naming process and reward; resuming scores every completion once."""
+    _, notes = two
+    ends = [note["reward_fails_on_one"] for note in notes]
+    assert ends[0]["said"] == ends[1]["said"]
+    assert "process 1 of 2: the reward 'reward' failed" in ends[0]["said"][1]
+    assert [end["saved_at"] for end in ends] == [2, 2] and [end["scored"] for end in ends] == [16, 16]
+    assert all(end["seconds"] < 20 for end in ends)
+
+
+def test_case_17_code_that_fails_on_one_process_ends_both(two):
+    """Also where the other one waits in a collective."""
+    _, notes = two
+    ends = [note["code_fails_on_one"] for note in notes]
+    assert ends[0]["said"] == ends[1]["said"] == ["RunError", "process 1 of 2: ZeroDivisionError: of process 1"]
+    assert all(end["seconds"] < 20 for end in ends)
+
+
+def test_case_17_a_folder_in_use_is_told_to_both_processes(two):
+    """Only the main process holds the lock; both end with the same sentence."""
+    _, notes = two
+    said = [note["folder_in_use"]["said"] for note in notes]
+    assert said[0] == said[1] and said[0][0] == "UserError" and "is in use by a run that goes on" in said[0][1]
+
+
+def test_case_17_a_killed_process_ends_the_other_and_the_run_goes_on_afterwards(tmp_path):
+    """Ctrl-C saves on both; SIGKILL of one during a slow reward: the other ends in seconds and says who is gone."""
+    (tmp_path / "judge.py").write_text(SLOW)
+    run = tmp_path / "run"
+    settings = [f"train.output_dir={run}", f"reward.funcs=[{tmp_path}/judge.py:slow]", "train.max_steps=100000"]
+    settings += ["train.logging_steps=1", "train.eval_steps=0", "train.save_steps=0", "replay.learning_starts=8"]
+    settings += ["rollout.prompts_per_collect=16", "train.per_device_train_batch_size=8"]
+    command = ["llm_dqn", "train", "hello_world", *settings, "--num-processes", "2"]
+    first = start(*command, SLOW="0.3")
+    try:
+        wait_for((run / "metrics.jsonl").exists, first)
+        first.send_signal(signal.SIGINT)
+        printed = first.communicate(timeout=60)[0]
+        assert first.returncode == 130 and "stopped and saved after step" in printed, printed
+    finally:
+        first.kill()
+    saved, _ = checkpoint.newest(run / "checkpoints")
+    second = start(*command, "--resume", SLOW="300")
+    try:
+        wait_for(lambda: (run / NAME).is_file() and len(children(second.pid)) == 2, second)
+        wait_for(lambda: all(sleeps(pid) for pid in children(second.pid)), second)
+        os.kill(max(children(second.pid)), signal.SIGKILL)
+        started = time.monotonic()
+        printed = second.communicate(timeout=60)[0]
+        assert time.monotonic() - started < 20
+        assert second.returncode == 1 and "process 1 of 2 was ended from outside" in printed, printed
+    finally:
+        second.kill()
+    assert checkpoint.newest(run / "checkpoints") == (saved, [])
+    RunLock(run).acquire()  # the file that is left behind is in nobody's way
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def sleeps(pid: int) -> bool:
+    """Whether a process has waited for a while without using the processor."""
+    used = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11] for _ in (0, time.sleep(1.5))]
+    return used[0] == used[1]
+
+
+# --- 36: what is not finite -------------------------------------------------------------------------------------------
+def test_case_36_a_nan_on_one_process_leaves_the_step_out_on_both(two):
+    """The weights of both processes stay finite and alike."""
+    _, notes = two
+    first, second = (note["nan_on_one"] for note in notes)
+    assert first["skipped"] == second["skipped"] == 1
+    assert first["weights"] == second["weights"] and np.isfinite(first["weights"]).all()

@@ -1,0 +1,119 @@
+"""One of the two processes of `test_processes`: goes through faults that need two, and notes what came of each."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_dqn.errors import RunError, UserError
+from llm_dqn.lock import RunLock
+from tests.test_trainer import letters, trainer
+
+FEW = {"learning_starts": 4, "per_device_train_batch_size": 4, "eval_steps": 0, "final_eval_prompts": 2}
+
+
+def main(path: str, home: str) -> None:
+    torch.set_num_threads(1)
+    notes: dict[str, Any] = {}
+    for scene in (whole_and_cut, nan_on_one, reward_fails_on_one, folder_in_use, more_processes, code_fails_on_one):
+        started = time.monotonic()
+        notes[scene.__name__] = scene(path, Path(home))
+        notes[scene.__name__]["seconds"] = time.monotonic() - started
+        rank = torch.distributed.get_rank()
+        (Path(home) / f"notes-{rank}.json").write_text(json.dumps(notes))
+
+
+def rank_of(run: Any) -> int:
+    return run.parts.accelerator.process_index
+
+
+def failure(run: Any) -> list[str]:
+    try:
+        run.train()
+    except (RunError, UserError) as error:
+        return [type(error).__name__, str(error)]
+    return ["none", ""]
+
+
+def whole_and_cut(path: str, home: Path) -> dict[str, Any]:
+    """The same run twice: once in one go, once cut after a step that no checkpoint has."""
+    options = FEW | {"max_steps": 5, "save_steps": 2, "logging_steps": 3, "lr_scheduler_type": "linear"}
+    trainer(path, home / "whole", **options).train()
+    cut = trainer(path, home / "cut", **options)
+    update = cut.update
+
+    def failing(batches: Any, td_targets: Any) -> None:
+        if cut.step == 3:
+            raise RunError("cut")
+        update(batches, td_targets)
+
+    cut.update = failing  # type: ignore[method-assign]
+    said = failure(cut)
+    trainer(path, home / "cut", **options).train(resume=True)
+    return {"said": said}
+
+
+def nan_on_one(path: str, home: Path) -> dict[str, Any]:
+    run = trainer(path, home / "nan", **FEW, max_steps=3, save_steps=0)
+    poisoned = run.parts.trainable[0]
+    poisoned.register_hook(
+        lambda gradient: gradient * float("nan") if run.step == 1 and rank_of(run) == 1 else gradient
+    )
+    run.train()
+    weights = [parameter.detach().sum().item() for parameter in run.parts.trainable]
+    return {"skipped": run.nonfinite.total, "weights": weights}
+
+
+def reward_fails_on_one(path: str, home: Path) -> dict[str, Any]:
+    """In the second collection, on process 1 alone."""
+    calls = []
+
+    def reward(prompts: Any, completions: Any, wanted: Any, **columns: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 2 and torch.distributed.get_rank() == 1:
+            raise KeyError("judge")
+        return letters(prompts, completions, wanted)
+
+    first = trainer(path, home / "fails", reward, **FEW, max_steps=4, save_steps=0)
+    said = failure(first)
+    again = trainer(path, home / "fails", reward, **FEW, max_steps=4, save_steps=0)
+    again.train(resume=True)
+    return {"said": said, "saved_at": first.step, "scored": again.scored_completions}
+
+
+def folder_in_use(path: str, home: Path) -> dict[str, Any]:
+    run = trainer(path, home / "held", **FEW, max_steps=1)
+    other = RunLock(home / "held")
+    if rank_of(run) == 0:
+        other.acquire()
+    said = failure(run)
+    other.release()
+    return {"said": said}
+
+
+def more_processes(path: str, home: Path) -> dict[str, Any]:
+    """Goes on from what one process alone has saved."""
+    run = trainer(path, home / "alone", **FEW, max_steps=3)
+    run.begin(resume=True)
+    return {"step": run.step, "rewards": run.replay.rewards.tolist()}
+
+
+def code_fails_on_one(path: str, home: Path) -> dict[str, Any]:
+    """Inside a step, while the other process waits in a collective; the one that fails leaves."""
+    run = trainer(path, home / "code", **FEW, max_steps=4)
+    update = run.update
+
+    def failing(batches: Any, td_targets: Any) -> None:
+        if run.step == 2 and rank_of(run) == 1:
+            raise ZeroDivisionError("of process 1")
+        update(batches, td_targets)
+
+    run.update = failing  # type: ignore[method-assign]
+    return {"said": failure(run)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
