@@ -38,7 +38,8 @@ MUTANTS = [
     ("policy", "scores[:, self.num_tokens :] = float(\"-inf\")", "pass"),
     ("trainer", "(returns - q.values) * batch.action_mask", "(q.values - returns) * batch.action_mask"),
     ("trainer", "self.network.sync_target(self.args.target_tau)", "pass"),
-    ("trainer", "loss * self.parts.accelerator.num_processes", "loss"),
+    ("learner", "loss * self.accelerator.num_processes", "loss"),
+    ("learner", "~all_finite([norm, *checked]) | (count == 0)", "count == 0"),
     ("evaluation", "float(t.reward > b.reward)", "float(t.reward < b.reward)"),
 ]  # fmt: skip
 
@@ -57,7 +58,7 @@ def caught_by(file: str, found: str, flipped: str) -> str | None:
             raise SystemExit(f"{file}.py: expected once, found {text.count(found)} times: {found}")
         source.write_text(text.replace(found, flipped))
         tests = [f"tests/test_{name}.py" for name in sorted(FAST, key=lambda name: name != file)]
-        tests += ["tests/test_processes.py"] if file == "trainer" else []
+        tests += ["tests/test_processes.py", "tests/faults/test_numerics.py"] if file in ("trainer", "learner") else []
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
         ran = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=_environment(copy))
         failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
