@@ -236,7 +236,7 @@ class Logbook:
             for name, entries in parts.items()
         }
         recipe = hashlib.sha256(self.recipe_text.encode()).hexdigest()
-        about = {"step": step, "recipe_sha256": recipe, "evaluation": self.evaluated}
+        about = {"step": step, "recipe_sha256": recipe, "evaluation": dict(self.evaluated)}
         self.saver.save(step, state, settled, about, beside=beside and alone)
 
     def last_checkpoint(self) -> str:

@@ -220,6 +220,8 @@ def _write_synced(file: Path, text: str) -> None:
 
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and keeps their names by itself
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
