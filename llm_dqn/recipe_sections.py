@@ -293,7 +293,9 @@ class TrainSection(Section):
     save_steps: Annotated[Int, Field(ge=0)] = Field(
         default=100, description="Learner steps between checkpoints; 0 = only at the end."
     )
-    save_total_limit: Annotated[Int, Field(ge=1)] | None = Field(default=3, description="Checkpoints kept; null = all.")
+    save_total_limit: Annotated[Int, Field(ge=1)] | None = Field(
+        default=3, description="Checkpoints kept, the best evaluated one among them whatever its age; null = all."
+    )
     report_to: Text | list[Text] = Field(
         default="none", description="none, or trackers besides metrics.jsonl: tensorboard, wandb, trackio ..."
     )

@@ -10,7 +10,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FAST = ["targets", "losses", "replay", "network", "rollout", "trainer", "evaluation", "learning"]
+FAST = [
+    "targets",
+    "losses",
+    "replay",
+    "replay_properties",
+    "checkpoint",
+    "network",
+    "rollout",
+    "trainer",
+    "evaluation",
+    "learning",
+]
 
 # (file, what stands there, what a slip of the pen would make of it)
 MUTANTS = [
@@ -30,9 +41,14 @@ MUTANTS = [
     ("network", "taken = values + self.beta * (logprobs - batch.ref_logprobs)",
      "taken = values - self.beta * (logprobs - batch.ref_logprobs)"),
     ("network", "self._postprocess(logits)[..., : self.num_tokens].float()", "self._postprocess(logits).float()"),
-    ("replay", "goes_on = row.ended == \"length\" and", "goes_on = row.ended == \"eos\" and"),
-    ("replay", "rewards[i, last] = row.reward", "rewards[i, 0] = row.reward"),
+    ("replay", "goes_on = (ended == ENDED.index(\"length\"))", "goes_on = (ended == ENDED.index(\"eos\"))"),
+    ("replay", "rewards[last] = facts[\"rewards\"]", "rewards[:, 0] = facts[\"rewards\"]"),
+    ("replay", "usable &= self.store.numbers(places) < drawn_at", "usable &= self.store.numbers(places) <= drawn_at"),
+    ("episode_store", "(self.added - 1 - slots)", "(self.added - slots)"),
+    ("episode_store", "slots[-self.capacity :]:", "slots[: self.capacity]:"),
     ("replay", "rewards > rewards.mean() + 1e-9", "rewards < rewards.mean() - 1e-9"),
+    ("saver", "known and _same_memory(known[0], tensors) and", "known and"),
+    ("checkpoint", "if good is not None and good not in kept", "if False"),
     ("rollout", "return ids[: position + 1]", "return ids[:position]"),
     ("rollout", "input_ids[row, longest - len(prompt.ids) :]", "input_ids[row, : len(prompt.ids)]"),
     ("policy", "scores[:, self.num_tokens :] = float(\"-inf\")", "pass"),
