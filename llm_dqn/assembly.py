@@ -274,7 +274,11 @@ def recipe_text(args: DQNConfig, parts: Parts, recipe: Recipe | None) -> str:
     """The resolved recipe of a run, as YAML that `llm-dqn` reads again; from Python it is put together from `args`."""
     if recipe is not None:
         train = recipe.train.model_copy(update={"learning_rate": args.learning_rate})
-        return dump_recipe(with_resolved_paths(recipe).model_copy(update={"train": train}))
+        resolved = with_resolved_paths(recipe)
+        # what a branch of the Hub holds may be something else tomorrow
+        commit = getattr(parts.network.model.config, "_commit_hash", None) or recipe.model.model_revision
+        model = resolved.model.model_copy(update={"model_revision": commit})
+        return dump_recipe(resolved.model_copy(update={"train": train, "model": model}))
     sections: dict[str, dict[str, Any]] = {
         name: {leaf: getattr(args, leaf) for leaf in section.model_fields} for name, section in FLAT_SECTIONS.items()
     }

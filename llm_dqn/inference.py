@@ -182,7 +182,11 @@ def _check_output(path: str) -> None:
 
 def _prompts_in(opened: OpenRun, file: str, split: str = "train") -> list[Prompt]:
     column = opened.recipe.data.prompt_column if opened.recipe else "prompt"
-    return data.load_prompts(resolve_path(file), split=split, prompt_column=column, tokenizer=opened.writer.tokenizer)
+    writer = opened.writer
+    room = data.room_for_prompt(models.context_length(writer.network.model.config), writer.max_completion_length)
+    return data.load_prompts(
+        resolve_path(file), split=split, prompt_column=column, tokenizer=writer.tokenizer, room=room
+    )
 
 
 def _held_out_prompts(opened: OpenRun, file: str | None, split: str | None, limit: int | None) -> list[Prompt]:

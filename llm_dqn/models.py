@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -101,7 +101,15 @@ def load_causal_lm(
         raise loading_error(path, revision, "model", error) from error
     model, loading = loaded
     refuse_missing_weights(path, loading["missing_keys"])
+    model.config._commit_hash = commit_of(path, revision)  # transformers itself notes it in some versions only
     return model.eval()
+
+
+def commit_of(path: str, revision: str | None = None) -> str | None:
+    """The commit at which a Hub model lies in the cache; None for a folder."""
+    found = None if Path(path).is_dir() else try_to_load_from_cache(path, "config.json", revision=revision)
+    match = re.search(r"snapshots/([0-9a-f]{40})/", Path(found).as_posix()) if isinstance(found, str) else None
+    return match[1] if match else None
 
 
 def load_config(

@@ -136,7 +136,7 @@ class RewardSection(Section):
 
     funcs: list[Text] = Field(
         min_length=1,
-        description="file.py:function or package.module:function (code that is run), or folder or id of a reward model.",
+        description="file.py:function or package.module:function (code that is run), or a reward model's folder or id.",
     )
     weights: list[Float] | None = Field(
         default=None, description="Factor of each reward function in the sum; null = 1 each."

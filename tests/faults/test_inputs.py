@@ -1,5 +1,7 @@
 """Bad data, tokenizers and models (22 to 35). All are found by `check`, and by `train` before any long work."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -221,6 +224,19 @@ def test_case_34_models_with_their_own_code(desk: Desk, tiny_llama_path: str) ->
     assert not (desk.home / "owned").exists()
 
 
+def test_case_34_the_commit_of_a_hub_model(desk: Desk, tiny_llama_path: str) -> None:
+    """A model of the Hub is written down with its commit, and opened again at that one."""
+    commit, home = "0123456789abcdef0123456789abcdef01234567", Path(constants.HF_HUB_CACHE) / "models--me--tiny"
+    shutil.copytree(tiny_llama_path, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    run, _ = desk.trained(model__model_name_or_path="me/tiny")
+    assert f"  model_revision: {commit}\n" in (run / "recipe.yaml").read_text()
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["revision"] == commit
+    (home / "refs" / "main").write_text("f" * 40)  # the branch moved on to what is not here
+    assert desk.command("generate", str(run), "--prompts", "prompts.jsonl", "--output", "out.jsonl")[0] == 0
+
+
 def test_case_35_pickled_weights(desk: Desk, tiny_llama_path: str) -> None:
     """Refused with two ways out; opened, by an unpickler of tensors alone, where `model.use_safetensors` is false."""
     folder = desk.home / desk.model("pickled", tiny_llama_path)
@@ -263,3 +279,13 @@ def test_mistyped_models(desk: Desk, typed: str) -> None:
     with pytest.raises(UserError) as caught:
         DQNTrainer(typed, len, DQNConfig(output_dir="x"), [{"prompt": "a"}])
     assert str(caught.value).startswith("model: ") and MISTYPED[typed] in str(caught.value)
+
+
+def test_python_finds_shipped_files_as_recipes_do(desk: Desk) -> None:
+    trainer = DQNTrainer(
+        "data/hello_lm",
+        "recipes/rewards/hello_world.py:characters",
+        DQNConfig(output_dir="x", max_completion_length=4),
+        "data/hello_prompts.jsonl",
+    )
+    assert len(trainer.parts.eval_prompts) == 7
