@@ -157,30 +157,6 @@ def test_abstaining_rewards_leave_episodes_out_and_all_of_them_end_the_run(tiny_
         nothing.train()
 
 
-def test_rewards_cannot_disturb_a_run(tiny_llama_path, tmp_path):
-    """Invariant 10: seeding, printing and mutating change nothing."""
-
-    def rude(prompts, completions, wanted, **columns):
-        import random
-
-        random.seed(0)
-        torch.manual_seed(0)
-        print("noise")
-        values = letters(prompts, completions, wanted)
-        for column in (prompts, completions, wanted):
-            column.clear()
-        return values
-
-    trainer(tiny_llama_path, tmp_path / "polite").train()
-    trainer(tiny_llama_path, tmp_path / "rude", rude).train()
-    polite, noisy = ((tmp_path / name / "samples.jsonl").read_text() for name in ("polite", "rude"))
-    assert polite == noisy
-    first, second = (
-        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("polite", "rude")
-    )
-    assert first == second
-
-
 def test_logged_completions_alone_can_be_learned_from(tiny_llama_path, tmp_path):
     log = tmp_path / "log.jsonl"
     rows = [
