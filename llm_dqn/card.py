@@ -109,7 +109,7 @@ class Card:
 
     def _metadata(self) -> ModelCardData:
         data = str(self.recipe["data"].get("train", ""))
-        adapter = self.kind == "adapter"
+        adapter, results = self.kind == "adapter", self._results()
         more: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if self.base_on_hub else {}
         return ModelCardData(
             **self.license,
@@ -118,8 +118,8 @@ class Card:
             pipeline_tag="text-generation",
             tags=[*TAGS, "lora"] if self.kind != "model" else TAGS,
             datasets=data if _is_hub_dataset(data) else None,
-            model_name=self.name,
-            eval_results=self._results() or None,
+            model_name=self.name if results else None,
+            eval_results=results or None,
             **more,
         )
 

@@ -211,7 +211,9 @@ def _stored_dtype(named: Named) -> str:
 
 def _probes(named: Named, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Probe], int]:
     """Texts that the run wrote, as many as are known, and random tokens that no adapter was made for."""
-    real = list(_texts_of_the_run(Path(named.name) / "samples.jsonl", tokenizer))
+    folder = Path(named.name)
+    folder = folder.parent if folder.name == "adapter" and named.recipe is None else folder
+    real = list(_texts_of_the_run(folder / "samples.jsonl", tokenizer))
     generator = torch.Generator().manual_seed(0)
     rows = min(len(tokenizer), _base_config(named).get_text_config().vocab_size)
     random = [torch.randint(rows, (TEXT_TOKENS // 2,), generator=generator).tolist() for _ in range(RANDOM_TEXTS)]

@@ -68,7 +68,7 @@ def test_nothing_is_invented() -> None:
     bare = card(base="/home/ann/base", base_on_hub=False, evaluation=None, metrics=[], recipe_text="")
     text = bare.markdown()
     metadata = text.split("---")[1]
-    for key in ("base_model", "license", "datasets", "model-index"):
+    for key in ("base_model", "license", "datasets", "model-index", "model_name"):
         assert key not in metadata
     assert bare.curve is None and "![" not in text and "## Measured" not in text and "## How" not in text
     assert "Nothing was measured on held-out prompts." in text and "No licence is stated" in text
