@@ -4,10 +4,10 @@ STAMP := .venv/.installed
 # one thread a process is fastest for models this small, and makes runs repeat bit for bit
 RUN := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install quickstart test torture check browser format bench clean
+.PHONY: help install quickstart test torture check browser format bench bench-learning clean
 
 help:  ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(STAMP)  ## a virtual environment in .venv with everything that tests need
 
@@ -43,6 +43,10 @@ format: $(STAMP)  ## rewrite the code as `make check` wants it
 
 bench: $(STAMP)  ## the fast benchmarks: every textbook switch against the default
 	$(RUN) $(BIN)/python -m benchmarks.textbook --quick
+
+bench-learning: $(STAMP)  ## the short learning benchmark: what a reward call teaches, beside TRL's GRPO and plain SFT
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+	$(RUN) $(BIN)/python -m benchmarks.learning quick --fresh
 
 clean:  ## remove what was built; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,110 @@
+"""Supervised fine-tuning on what scored well: best of n, and all successes, fresh or logged. Plain loops."""
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.learning.course import Course
+from benchmarks.learning.dqn import lora_of
+from benchmarks.learning.measure import lay_out, logprobs, write
+from benchmarks.learning.tasks import Row, Task
+
+Kept = tuple[str, list[int]]  # prompt, completion ids
+
+
+class Tuner:
+    """A model and its optimizer: one step of maximum likelihood at a time."""
+
+    def __init__(self, task: Task, course: Course, learning_rate: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.rng = np.random.default_rng(seed)
+        model: Any = AutoModelForCausalLM.from_pretrained(task.base())
+        lora = lora_of(task)
+        self.model: PreTrainedModel = model if lora is None else get_peft_model(model, lora)
+        self.tokenizer = course.tokenizer
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=learning_rate, weight_decay=0.0)
+        self.updates = 0
+
+    def step(self, kept: Sequence[Kept], batch: int) -> None:
+        """One update on `batch` of the kept completions, drawn with replacement: the mean over their tokens."""
+        picks = [kept[index] for index in self.rng.integers(len(kept), size=batch)]
+        ids, mask, labels = lay_out(self.tokenizer, *zip(*picks, strict=True))
+        self.model.train()
+        loss = -logprobs(self.model, ids, mask, labels).sum() / (labels[:, 1:] != -100).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+
+
+def train_online(task: Task, course: Course, settings: Mapping[str, Any], budget: int, seed: int) -> dict[str, Any]:
+    """Writes, keeps the best, learns from it, again and again, until the budget of scored completions is spent.
+
+    settings: learning_rate; completions a collection; of_each, completions a prompt: the best of more than one is kept
+    where they differ, a single one where it beats the running mean; remember, collections that are learned from;
+    updates a collection, of `batch` completions.
+    """
+    tuner = Tuner(task, course, settings["learning_rate"], seed)
+    memory: list[list[Kept]] = []
+    rewards_seen: list[float] = []
+    order: list[int] = []
+    for collection in count():
+        course.look(collection * settings["completions"], tuner.updates, lambda: tuner.model)
+        if course.scored.count >= budget:
+            return {}
+        rows = []
+        for _ in range(settings["completions"] // settings["of_each"]):
+            order = order or tuner.rng.permutation(len(task.train)).tolist()
+            rows += [task.train[order.pop()]] * settings["of_each"]
+        written = write(tuner.model, tuner.tokenizer, [row["prompt"] for row in rows], task.length)
+        rewards = _judged(course, rows, written)
+        rewards_seen += rewards
+        memory.append(_best(rows, written, rewards, settings["of_each"], float(np.mean(rewards_seen))))
+        kept = [one for some in memory[-settings["remember"] :] for one in some]
+        for _ in range(settings["updates"] if kept else 0):
+            tuner.step(kept, settings["batch"])
+
+
+def _judged(course: Course, rows: Sequence[Row], written: Sequence[list[int]]) -> list[float]:
+    texts = course.tokenizer.batch_decode(written, skip_special_tokens=True)
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    return course.scored([row["prompt"] for row in rows], texts, **columns)
+
+
+def _best(
+    rows: Sequence[Row], written: Sequence[list[int]], rewards: Sequence[float], of_each: int, usual: float
+) -> list[Kept]:
+    kept = []
+    for start in range(0, len(rows), of_each):
+        group = rewards[start : start + of_each]
+        best = start + int(np.argmax(group))
+        if rewards[best] > (usual if of_each == 1 else float(np.mean(group))):
+            kept.append((rows[best]["prompt"], written[best]))
+    return kept
+
+
+def train_logged(
+    task: Task, course: Course, settings: Mapping[str, Any], logged: Sequence[Row], seed: int
+) -> dict[str, Any]:
+    """Learns from logged completions above the quantile `above` of their rewards (null: above the mean)."""
+    tuner = Tuner(task, course, settings["learning_rate"], seed)
+    rewards = np.array([row["reward"] for row in logged])
+    least = rewards.mean() if settings["above"] is None else np.quantile(rewards, settings["above"])
+    kept = [(row["prompt"], _ids(tuner, row)) for row in logged if row["reward"] > min(least, rewards.max() - 1e-9)]
+    for step in range(course.marks[-1] + 1):
+        course.look(step, tuner.updates, lambda: tuner.model)
+        if course.marks:
+            tuner.step(kept, settings["batch"])
+    return {"kept": len(kept)}
+
+
+def _ids(tuner: Tuner, row: Row) -> list[int]:
+    ids = tuner.tokenizer(row["completion"])["input_ids"]
+    return [*ids, tuner.tokenizer.eos_token_id] if row["ended"] == "eos" else ids

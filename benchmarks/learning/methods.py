@@ -1,0 +1,153 @@
+"""Who takes part in which regime, and the twelve configurations each is tuned over.
+
+Learning rates are for all weights; a LoRA adapter gets ten times as much. The grids span a factor of five to ten, so
+that the ratio need not be exact.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from benchmarks.learning.tasks import Task
+
+LORA_FACTOR = 10
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """label: as tables name it. kind: which module trains it. grid: the configurations it is tuned over; one without
+    a grid of several is measured as it is.
+    """
+
+    label: str
+    kind: str
+    grid: tuple[Settings, ...]
+
+
+def _grid(fixed: Settings | None = None, **choices: list[Any]) -> tuple[Settings, ...]:
+    """Every combination; a choice that is a dict sets several keys at once."""
+    combined = []
+    for picks in product(*choices.values()):
+        settings = dict(fixed or {})
+        for name, pick in zip(choices, picks, strict=True):
+            settings |= pick if isinstance(pick, dict) else {name: pick}
+        combined.append(settings)
+    return tuple(combined)
+
+
+TEXTBOOK = {
+    "q_head": "linear",
+    "prior": "uniform",
+    "backup": "max",
+    "n_step": 1,
+    "target": "head",
+    "advantage_weight": 0.0,
+    "success_share": 0.0,
+    "explore": "uniform",
+    "temperature": 0.0,
+}
+# Kostrikov et al. 2022 and Snell et al. 2022 by the recipe's switches: expectile V, one-step Q, conservative term, the
+# prior's log-probabilities plus Q over a temperature. The Q-head is linear on the tuned trunk, one of it, not two.
+ILQL = {
+    "q_head": "linear",
+    "n_step": 1,
+    "gamma": 0.99,
+    "target_tau": 0.005,
+    "target_sync_steps": 1,
+    "advantage_weight": 0.0,
+    "success_share": 0.0,
+}
+
+ONLINE = {
+    "ours": Method("llm_dqn, defaults", "dqn", ({},)),
+    "ours_tuned": Method(
+        "llm_dqn, tuned",
+        "dqn",
+        _grid(
+            learning_rate=[1e-5, 2e-5, 5e-5],
+            reuse=[
+                {"updates_per_collect": 8, "target_sync_steps": 16},
+                {"updates_per_collect": 24, "target_sync_steps": 48},
+            ],
+            beta=[0.03, 0.1],
+        ),
+    ),
+    "grpo": Method(
+        "TRL GRPO",
+        "grpo",
+        _grid(
+            learning_rate=[1e-5, 3e-5, 1e-4],
+            iterations=[1, 4],
+            size=[{"completions": 64, "num_generations": 8}, {"completions": 32, "num_generations": 4}],
+        ),
+    ),
+    "rloo": Method(
+        "TRL RLOO",
+        "rloo",
+        _grid(
+            learning_rate=[1e-5, 3e-5, 1e-4],
+            iterations=[1, 4],
+            size=[{"completions": 32, "num_generations": 4}, {"completions": 16, "num_generations": 4}],
+        ),
+    ),
+    "best_of_n": Method(
+        "best-of-n SFT",
+        "sft",
+        _grid(
+            {"completions": 64, "remember": 1, "batch": 16},
+            learning_rate=[1e-5, 3e-5, 1e-4],
+            of_each=[4, 8],
+            updates=[2, 8],
+        ),
+    ),
+    "filtered": Method(
+        "filtered SFT",
+        "sft",
+        _grid(
+            {"completions": 64, "of_each": 1, "batch": 16},
+            learning_rate=[1e-5, 3e-5, 1e-4],
+            updates=[4, 16],
+            remember=[4, 64],
+        ),
+    ),
+    "textbook": Method(
+        "textbook DQN",
+        "dqn",
+        _grid(
+            TEXTBOOK,
+            learning_rate=[1e-6, 1e-5, 1e-4],
+            value_learning_rate=[1e-4, 1e-3],
+            epsilon=[{"epsilon": {"start": 1.0, "end": 0.05, "steps": steps}} for steps in (32, 256)],
+        ),
+    ),
+}
+
+LOGGED = {
+    "ours": Method("llm_dqn, defaults", "dqn", ({},)),
+    "ours_tuned": Method(
+        "llm_dqn, tuned",
+        "dqn",
+        _grid(learning_rate=[5e-6, 1e-5, 2e-5], success_share=[0.7, 1.0], beta=[0.03, 0.3]),
+    ),
+    "filtered": Method(
+        "filtered SFT",
+        "sft",
+        _grid({"batch": 16}, learning_rate=[5e-6, 1e-5, 3e-5, 1e-4], above=[None, 0.75, 0.9]),
+    ),
+    "ilql": Method(
+        "ILQL",
+        "dqn",
+        _grid(ILQL, expectile=[0.7, 0.9], cql_weight=[0.01, 0.1], beta=[0.03, 0.1, 0.3]),
+    ),
+}
+REGIMES = {"online": ONLINE, "logged": LOGGED}
+
+
+def for_task(settings: Settings, task: Task) -> dict[str, Any]:
+    """The configuration with its learning rate for what the task tunes; without one the method's own rule holds."""
+    adapted = dict(settings)
+    if task.tuned == "lora" and "learning_rate" in adapted:
+        adapted["learning_rate"] *= LORA_FACTOR
+    return adapted

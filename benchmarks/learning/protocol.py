@@ -1,0 +1,107 @@
+"""What is run: tuning with the same budget for everyone, then several seeds of the chosen configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from benchmarks.learning.cells import Cell, Store, run_missing
+from benchmarks.learning.methods import REGIMES, Settings
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured.
+
+    tasks, methods: names, in the order of the tables. configurations: how many of each grid are tried. tuning: scored
+    completions (updates on logged data) of a tuning run. budget, reference: the same of a test run of llm_dqn and of a
+    peer, whose last mark says what there is to be gained.
+    """
+
+    regime: str
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: int
+    configurations: int
+    tuning: int
+    budget: int
+    reference: int
+
+
+def is_ours(method: str) -> bool:
+    return method.startswith("ours")
+
+
+def spread(grid: Sequence[Settings], count: int) -> list[Settings]:
+    """`count` configurations from all over the grid: every fifth of twelve meets all choices soon."""
+    stride = next(step for step in (5, 7, 1) if gcd(step, len(grid)) == 1)
+    return [grid[number * stride % len(grid)] for number in range(min(count, len(grid)))]
+
+
+def doubling(first: int, last: int) -> tuple[int, ...]:
+    """0, first, twice that, ... and the last."""
+    marks = [0]
+    while first < last:
+        marks.append(first)
+        first *= 2
+    return (*marks, last)
+
+
+def score(point: dict[str, Any]) -> float:
+    """The exact probability of a right completion where the task has one, else the mean reward of sampled ones."""
+    return point.get("exact", point["reward"])
+
+
+def tuning_cells(plan: Plan, task: str, method: str) -> list[Cell]:
+    grid = REGIMES[plan.regime][method].grid
+    if len(grid) == 1:
+        return []
+    marks = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
+    chosen = spread(grid, plan.configurations)
+    return [Cell(task, plan.regime, method, dict(settings), 0, "tuning", marks) for settings in chosen]
+
+
+def best(results: Sequence[Result]) -> Settings:
+    """The settings with the highest score, the mean over the three marks of the tuning run: early and late count."""
+    return max(results, key=lambda result: sum(map(score, result["points"])))["settings"]
+
+
+def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
+    first = 128 if plan.regime == "online" else 25
+    marks = doubling(first, plan.budget if is_ours(method) else plan.reference)
+    return [Cell(task, plan.regime, method, dict(settings), seed, "test", marks) for seed in range(plan.seeds)]
+
+
+def tune(plan: Plan, store: Store, task: str, method: str) -> Settings:
+    """The configuration that the method goes on with."""
+    cells = tuning_cells(plan, task, method)
+    return best(run_missing(store, cells)) if cells else REGIMES[plan.regime][method].grid[0]
+
+
+def run(plan: Plan, store: Store) -> dict[str, dict[str, list[Result]]]:
+    """Everything that is missing; test results by task and method."""
+    return {
+        task: {
+            method: run_missing(store, test_cells(plan, task, method, tune(plan, store, task, method)))
+            for method in plan.methods
+        }
+        for task in plan.tasks
+    }
+
+
+def finished(plan: Plan, store: Store) -> dict[str, dict[str, list[Result]]]:
+    """As `run`, of what is in the store already; methods that are not through are left out."""
+    known = store.read()
+    found: dict[str, dict[str, list[Result]]] = {}
+    for task in plan.tasks:
+        for method in plan.methods:
+            tried = [known.get(cell.key) for cell in tuning_cells(plan, task, method)]
+            if None in tried:
+                continue
+            settings = best(tried) if tried else REGIMES[plan.regime][method].grid[0]
+            results = [known.get(cell.key) for cell in test_cells(plan, task, method, settings)]
+            if None not in results:
+                found.setdefault(task, {})[method] = results
+    return found

@@ -1,0 +1,205 @@
+"""The tasks: a base model, prompts in three parts, a judge of whole completions, and what is exactly right."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning import graphs, letters, sums
+from benchmarks.learning.bases import Built
+from llm_dqn.reward_model import RewardModel
+
+Row = dict[str, Any]  # `prompt`, and columns for the judge
+Judge = Callable[..., list[float]]  # called as TRL calls a reward function
+DATA = Path(__file__).parents[2] / "data"
+
+
+class Shipped:
+    """A folder that comes with the repository."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+
+    def __call__(self) -> Path:
+        return self.folder
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given.
+
+    tuned: "lora" or "full", the same for every method. length: tokens that a completion may have. base: gives the
+    folder of the base model, built when asked for first. judge: the terminal reward. prompts: to train on, to tune on,
+    to test on, no one in two of them. answers: the completions of a row that are exactly right, where they can be
+    listed; their probability has no sampling noise.
+    """
+
+    name: str
+    about: str
+    tuned: str
+    length: int
+    base: Built | Shipped
+    judge: Callable[[], Judge]
+    prompts: Callable[[], tuple[list[Row], list[Row], list[Row]]]
+    answers: Callable[[Row], list[str]] | None = None
+
+    @property
+    def train(self) -> list[Row]:
+        return self.prompts()[0]
+
+    @property
+    def tuning(self) -> list[Row]:
+        return self.prompts()[1]
+
+    @property
+    def test(self) -> list[Row]:
+        return self.prompts()[2]
+
+
+def parted(rows: Iterator[Row], *sizes: int) -> tuple[list[Row], ...]:
+    """Lists of so many rows each; no prompt comes twice, in one of them or in two."""
+    seen: dict[str, Row] = {}
+    for row in rows:
+        seen.setdefault(row["prompt"], row)
+        if len(seen) == sum(sizes):
+            break
+    if len(seen) < sum(sizes):
+        raise ValueError(f"{sum(sizes)} different prompts are needed, there are {len(seen)}")
+    left = iter(seen.values())
+    return tuple(list(islice(left, size)) for size in sizes)
+
+
+def _lines(name: str) -> list[Row]:
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+@cache
+def _reviews() -> tuple[list[Row], ...]:
+    rows = _lines("prompts_train.jsonl")
+    return rows[:1280], rows[1280:], _lines("prompts_eval.jsonl")
+
+
+@cache
+def _sums() -> tuple[list[Row], ...]:
+    return parted(sums.rows(11, additions=(3, 5)), 4096, 256, 256)
+
+
+@cache
+def _rare_sums() -> tuple[list[Row], ...]:
+    return parted(sums.rows(12, additions=(5, 6), high=(3, 4)), 4096, 256, 256)
+
+
+@cache
+def _long_sums() -> tuple[list[Row], ...]:
+    return parted(sums.rows(13, additions=(8, 10)), 4096, 256, 256)
+
+
+@cache
+def _paths() -> tuple[list[Row], ...]:
+    rows = list(graphs.path_rows(14))
+    return parted(iter(rows), len(rows) - 2 * (len(rows) // 4), len(rows) // 4, len(rows) // 4)
+
+
+@cache
+def _star() -> tuple[list[Row], ...]:
+    return parted(graphs.star_rows(15), 4096, 256, 256)
+
+
+@cache
+def _letters() -> tuple[list[Row], ...]:
+    return parted(letters.rows(16), 2048, 256, 256)
+
+
+@cache
+def _reward_model(folder: Path) -> Judge:
+    return RewardModel(str(folder))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "sums",
+            "running sums, 3 to 5 additions; the base adds 6 to 9 one too many in two of three cases",
+            "full",
+            8,
+            sums.SHORT_BASE,
+            lambda: sums.last_total,
+            _sums,
+            sums.chain,
+        ),
+        Task(
+            "rare_sums",
+            "the same base, 5 or 6 additions with 3 or 4 such digits: rarely right",
+            "full",
+            9,
+            sums.SHORT_BASE,
+            lambda: sums.last_total,
+            _rare_sums,
+            sums.chain,
+        ),
+        Task(
+            "long_sums",
+            "8 to 10 additions, wrong in one of three such cases: where did it go wrong?",
+            "full",
+            13,
+            sums.LONG_BASE,
+            lambda: sums.last_total,
+            _long_sums,
+            sums.chain,
+        ),
+        Task(
+            "reviews",
+            "the quickstart: continue a review so that the shipped reward model finds it positive",
+            "lora",
+            40,
+            Shipped(DATA / "tiny_lm"),
+            lambda: _reward_model(DATA / "tiny_reward_model"),
+            _reviews,
+        ),
+        Task(
+            "paths",
+            "walks on a graph of 21 nodes, learned from random walks; reward: shortest length over length",
+            "lora",
+            graphs.WALK + 2,
+            graphs.PATHS_BASE,
+            lambda: graphs.optimality,
+            _paths,
+            graphs.shortest_paths,
+        ),
+        Task(
+            "star",
+            "star graphs with 5 arms of 2 nodes; the base walks an arm at random",
+            "full",
+            4,
+            graphs.STAR_BASE,
+            lambda: graphs.is_answer,
+            _star,
+            lambda row: [row["answer"]],
+        ),
+        Task(
+            "letters",
+            "letters to a shop of 60 to 100 words; a learned judge wants them polite and whole",
+            "lora",
+            letters.LENGTH,
+            letters.LETTERS_BASE,
+            lambda: _reward_model(letters.LETTERS_JUDGE()),
+            _letters,
+        ),
+    )
+}
+
+
+class Counted:
+    """A judge that counts the completions it is given: what a method has spent."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.count = judge, 0
+        self.__name__ = "judge"  # TRL names its metrics after the function
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        self.count += len(completions)
+        return self.judge(prompts=list(prompts), completions=list(completions), **columns)

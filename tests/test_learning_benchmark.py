@@ -1,0 +1,140 @@
+"""The learning benchmark: tasks that are what they say, marks read right, runs that count what they spend."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.learning import cells, dqn, graphs, letters, measure, protocol, summary, sums
+from benchmarks.learning.bases import BaseRecipe, base_model
+from benchmarks.learning.course import Course
+from benchmarks.learning.fine_tuning import train_online
+from benchmarks.learning.methods import REGIMES, for_task
+from benchmarks.learning.tasks import TASKS
+
+SMALL = BaseRecipe("sums", {"habit": 0.5, "shortest": 2, "longest": 3}, sums.VOCABULARY, steps=4, width=16, layers=1)
+
+
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory):
+    """The task of sums on a model that has hardly been trained."""
+    built = base_model(SMALL, lambda rng: sums._text(rng, SMALL))
+    folder = tmp_path_factory.mktemp("base")
+    built.build(folder)
+    rows = TASKS["sums"].prompts
+    few = [part[:32] for part in rows()]
+    return replace(TASKS["sums"], base=lambda: folder, judge=lambda: lengths, prompts=lambda: few)
+
+
+def lengths(prompts, completions, **columns):
+    """Different for nearly all completions, so that there is always something to learn from."""
+    return [len(text) / 40 for text in completions]
+
+
+def test_no_prompt_serves_two_purposes():
+    for name in ("sums", "rare_sums", "long_sums", "reviews", "paths", "star", "letters"):
+        train, tuning, test = TASKS[name].prompts()
+        texts = [{row["prompt"] for row in part} for part in (train, tuning, test)]
+        assert not (texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]), name
+        assert min(len(part) for part in (tuning, test)) >= 50, name
+
+
+@pytest.mark.parametrize("name", ["sums", "rare_sums", "long_sums", "paths", "star"])
+def test_the_listed_answers_earn_the_full_reward_and_others_do_not(name):
+    task = TASKS[name]
+    for row in task.test[:40]:
+        answers = task.answers(row)
+        columns = {key: [value] * len(answers) for key, value in row.items() if key != "prompt"}
+        prompts = [row["prompt"]] * len(answers)
+        judged = task.judge()(prompts=prompts, completions=answers, **columns)
+        assert answers and judged == [1.0] * len(answers)
+        cut = [" ".join(answer.split()[:-1]) for answer in answers]
+        assert max(task.judge()(prompts=prompts, completions=cut, **columns)) < 1.0
+
+
+def test_a_detour_costs_what_it_is_longer_and_a_jump_everything():
+    goal, start = 0, next(node for node, far in graphs.distances(0).items() if far == 2)
+    middle = graphs.shortest_paths({"prompt": f"{goal} {start} :"})[0].split()[0]
+    back_and_forth = f"{middle} {start} {middle} {goal}"
+    assert graphs.optimality([f"{goal} {start} :"] * 2, [back_and_forth, f"{goal}"]) == [0.5, 0.0]
+
+
+def test_letters_are_long_and_known_to_their_tokenizer():
+    import random
+
+    texts = [letters.letter(random.Random(seed)) for seed in range(200)]
+    assert sum(len(text.split()) for text in texts) / len(texts) > 60
+    assert {word for text in texts for word in text.split()} <= set(letters.VOCABULARY)
+
+
+def test_exact_probability_is_the_product_over_the_right_chain(small_task):
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(small_task.base()),
+        AutoModelForCausalLM.from_pretrained(small_task.base()),
+    )
+    row = small_task.test[0]
+    ids = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+    expected, text = 1.0, tokenizer(row["prompt"])["input_ids"]
+    with torch.no_grad():
+        for token in ids:
+            expected *= float(model(torch.tensor([text])).logits[0, -1].softmax(-1)[token])
+            text = [*text, token]
+    assert measure.exactly_right(model, tokenizer, small_task, [row]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_both_loops_spend_their_budget_and_measuring_spends_nothing(small_task):
+    settings = {"learning_rate": 1e-4, "completions": 16, "of_each": 4, "remember": 1, "updates": 1, "batch": 4}
+    course = Course(small_task, small_task.test[:8], (0, 16, 32), seed=0)
+    train_online(small_task, course, settings, budget=32, seed=0)
+    assert [(p["at"], p["scored"], p["updates"]) for p in course.points] == [(0, 0, 0), (16, 16, 1), (32, 32, 2)]
+    course = Course(small_task, small_task.test[:8], (0, 16, 32), seed=0)
+    ours = {
+        "prompts_per_collect": 16,
+        "learning_starts": 16,
+        "updates_per_collect": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+    }
+    dqn.train(small_task, course, ours, budget=32, seed=0)
+    assert [(p["at"], p["scored"]) for p in course.points] == [(0, 0), (16, 16), (32, 32)]
+    assert course.points[0]["kl"] == 0.0 < course.points[-1]["kl"]
+
+
+def result(scores, ats=(0, 128, 256)):
+    return {
+        "settings": {},
+        "points": [{"at": a, "seconds": a / 100, "reward": s} for a, s in zip(ats, scores, strict=True)],
+    }
+
+
+def test_marks_are_read_between_points():
+    course = result([0.2, 0.4, 0.8])
+    assert summary.reached(course, 0.3) == pytest.approx(64)
+    assert summary.reached(course, 0.6) == pytest.approx(192)
+    assert summary.reached(course, 0.1) == 0
+    assert math.isinf(summary.reached(course, 0.9))
+
+
+def test_the_best_peer_sets_the_marks():
+    methods = {"ours": [result([0.2, 0.9, 1.0])], "grpo": [result([0.2, 0.3, 0.4])], "rloo": [result([0.2, 0.5, 0.6])]}
+    assert summary.thresholds(methods) == pytest.approx((0.4, 0.56))
+    assert summary.ratio(methods, "ours", 0) == pytest.approx((128 * 2 / 3) / (128 * 2 / 7))
+
+
+def test_every_tuned_method_has_the_same_number_of_configurations():
+    for regime in REGIMES.values():
+        for name, method in regime.items():
+            assert len(method.grid) in (1, 12), name
+            for settings in method.grid:
+                if method.kind == "dqn":
+                    cells.DQNConfig(output_dir="-", **for_task(settings, TASKS["reviews"]))
+
+
+def test_a_store_keeps_finished_cells(tmp_path):
+    store = cells.Store(tmp_path / "cells.jsonl")
+    cell = cells.Cell("sums", "online", "ours", {}, 0, "test", (0, 64))
+    store.add(cell.key, {"points": [{"reward": 0.5, "at": 64}]})
+    assert protocol.run_missing(store, [cell])[0]["points"][0]["reward"] == 0.5
+    assert replace(cell, seed=1).key not in store.read()
