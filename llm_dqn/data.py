@@ -68,10 +68,7 @@ def load_prompts(
 
 
 def _tokenise(table: Table, column: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    first = table.rows[0][column]
-    chat = isinstance(first, list)
-    for place, row in numbered(table):
-        check_prompt(place, column, row[column], chat)
+    chat = check_prompts(table, column)
     if chat and not tokenizer.chat_template:
         raise UserError(
             f"{table.name}: column '{column}' holds conversations but the tokenizer has no chat template; use a chat "
@@ -89,6 +86,14 @@ def _tokenise(table: Table, column: str, tokenizer: PreTrainedTokenizerBase) -> 
         Prompt(prompt=row[column], text=text, ids=ids, columns={name: row[name] for name in others})
         for row, text, ids in zip(table.rows, texts, encoded, strict=True)
     ]
+
+
+def check_prompts(table: Table, column: str) -> bool:
+    """`UserError` for the first row whose prompt is none; whether the prompts are conversations."""
+    chat = isinstance(table.rows[0][column], list)
+    for place, row in numbered(table):
+        check_prompt(place, column, row[column], chat)
+    return chat
 
 
 def check_prompt(place: str, column: str, value: Any, chat: bool) -> None:

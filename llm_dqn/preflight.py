@@ -79,6 +79,8 @@ def preflight(recipe: Recipe, run_code: bool = True) -> tuple[list[Problem], lis
     context = models.context_length(model.config) if model is not None else None
     tables = _tables(found, resolved)
     prompts = None if tokenizer is None else _prompts(found, resolved, tables, tokenizer, context)
+    for key, table in tables.items() if tokenizer is None else ():
+        found.attempt(key, partial(data.check_prompts, table, resolved.data.prompt_column))
     rewards = _rewards(found, resolved, tables, run_code)
     if tokenizer is not None:
         _logged(found, resolved, tokenizer, context)

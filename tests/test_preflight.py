@@ -151,6 +151,13 @@ def test_rewards_are_asked_for_their_columns_even_without_the_model(folder: Path
     assert "  model someone/model" in lines
 
 
+def test_rows_are_looked_at_even_without_the_model(folder: Path) -> None:
+    (folder / "data" / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": null}\n')
+    problems, _ = check(folder, GOOD.replace("models/tiny", "models/tinny"))
+    assert [problem.partition(": ")[0] for problem in problems] == [":2", ":4"]
+    assert "row 2: column 'prompt' is empty (None)" in problems[1]
+
+
 def test_a_split_that_is_not_there_is_a_problem_of_its_key(folder: Path) -> None:
     (folder / "parts").mkdir()
     (folder / "parts" / "train.jsonl").write_text((folder / "data" / "prompts.jsonl").read_text())
