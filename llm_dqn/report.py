@@ -108,7 +108,7 @@ def _about(run: RunFiles) -> list[str]:
     steps, model = run.setting("train", "max_steps"), run.setting("model", "model_name_or_path")
     seconds = last.get("seconds") or 0
     facts = [
-        str(model) if model else "",
+        (Path(str(model)).name if Path(str(model)).is_absolute() else str(model)) if model else "",
         f"learner step {last['step']:,}" + (f" of {steps:,}" if steps else "") if last else "",
         f"{last['scored_completions']:,} completions scored" if last.get("scored_completions") else "",
         f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{seconds / 60:.1f} minutes" if seconds else "",
