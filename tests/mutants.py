@@ -75,10 +75,12 @@ def caught_by(file: str, found: str, flipped: str) -> str | None:
         source.write_text(text.replace(found, flipped))
         tests = [f"tests/test_{name}.py" for name in sorted(FAST, key=lambda name: name != file)]
         tests += ["tests/test_processes.py", "tests/faults/test_numerics.py"] if file in ("trainer", "learner") else []
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests]
         ran = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=_environment(copy))
         failed = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return failed[0].split(" - ")[0] if failed else None
+        if ran.returncode not in (0, 1):
+            raise SystemExit(f"the tests could not be run: {ran.stdout[-1000:]}{ran.stderr[-1000:]}")
+        return failed[0].split(" - ")[0] if ran.returncode else None
 
 
 def _environment(copy: Path) -> dict[str, str]:
