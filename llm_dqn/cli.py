@@ -375,8 +375,7 @@ def _speak_plainly() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command. Exits with 0 (good), 1 (the run failed), 2 (wrong input), 130 or 143 (stopped by a signal)."""
     _speak_plainly()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         app(args=arguments, prog_name="llm-dqn")
     except UserError as error:
@@ -392,3 +391,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except Stopped as stop:
         sys.exit(stop.code)
+    finally:  # a launcher's signal to one that leaves already must not be heard as an error of its last moments
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -34,6 +34,7 @@ def launch_processes(count: int, arguments: Sequence[str]) -> int:
     os.environ[WORLD_SIZE] = str(count)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault(STOPPING, "600")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages of frames when a process is lost
     # The processes say themselves what happened; the launcher would add a page about exit codes.
     for name in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)

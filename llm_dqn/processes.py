@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from llm_dqn.errors import RunError, StepFailed, UserError
-from llm_dqn.signals import Stopped
+from llm_dqn.signals import Stopped, ignore_signals
 from llm_dqn.terminal import say
 
 T = TypeVar("T")
@@ -57,13 +57,15 @@ class Processes:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.world == 1:
             return
+        if isinstance(error, Exception | Stopped):
+            ignore_signals()  # a launcher that loses one process asks the others to stop, and they have more to say
         try:
             if error is None:
                 self.gather(None)
             elif isinstance(error, Exception):
                 raise self._failed(error) from error
             elif isinstance(error, Stopped) and (failure := self._awaited()) is not None:
-                raise _error_of(failure)  # a launcher that loses one process asks the others to stop
+                raise _error_of(failure)
         finally:
             self._leave()
 

@@ -62,6 +62,13 @@ class StopRequest:
             raise Stopped(self.exit_code)
 
 
+def ignore_signals() -> None:
+    """For the last moments of a process that ends anyway."""
+    if threading.current_thread() is threading.main_thread():
+        for number in StopRequest.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def leave(number: int, frame: FrameType | None) -> None:
     """Handler for all that is not training: unwinds, so that temporary files go."""
     raise Stopped(128 + number)
