@@ -100,7 +100,7 @@ class RowReader:
         try:
             return function(*arguments)
         except UserError as error:
-            return error
+            return error.with_traceback(None)  # which would keep the row alive
 
     def _draft(self, place: str, row: Row | UserError) -> _Draft:
         if isinstance(row, UserError):
