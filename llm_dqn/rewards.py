@@ -28,7 +28,7 @@ __all__ = ["RewardError", "RewardFunc", "RewardFunction", "RewardModel", "Reward
 logger = logging.getLogger(__name__)
 
 _CONSTANT_AFTER, _CONSTANT_AGAIN = 10, 50  # batches of equal rewards before a warning, and before each further one
-_NEAR_NUMBERS = ("bool", "str", "Decimal", "Fraction")
+_NEAR_NUMBERS = ("str", "Decimal", "Fraction")
 _GRACE = 0.5  # seconds that a cancelled coroutine gets to end by itself
 _RESERVED = {
     "prompt",
@@ -277,17 +277,15 @@ def _read(result: Any, count: int) -> _Answer:
 def _fault_of(value: Any) -> Exception | None:
     if value is None or _is_finite_number(value):
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float):
         return ValueError(f"returned {_cut(value)}; expected a finite number or None")
     kind = type(value).__name__
-    cure = f"; write float(...) around {'it' if kind != 'bool' else 'a yes or no'}"
-    return TypeError(
-        f"returned {_cut(value)} ({kind}); expected a number or None{cure if kind in _NEAR_NUMBERS else ''}"
-    )
+    cure = "; write float(...) around it" if kind in _NEAR_NUMBERS else ""
+    return TypeError(f"returned {_cut(value)} ({kind}); expected a number or None{cure}")
 
 
 def _is_finite_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not isinstance(value, int | float):
         return False
     try:
         return math.isfinite(value)

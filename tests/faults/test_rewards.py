@@ -114,6 +114,8 @@ def test_case_15_the_wrong_thing(value: Any, message: str) -> None:
         np.array([1.0, 2.5, 3.0], dtype=np.float32),
         torch.tensor([1.0, 2.5, 3.0], dtype=torch.bfloat16),
         [np.float32(1), torch.tensor(2.5), np.int64(3)],
+        [True, 2.5, None],  # right or wrong, as TRL's functions often say it
+        [np.bool_(True), 2.5, None],
     ],
 )
 def test_case_15_lists_and_arrays(value: Any) -> None:
@@ -126,10 +128,10 @@ def test_case_15_lists_and_arrays(value: Any) -> None:
 
 def test_case_15_the_cure_is_said(desk: Desk) -> None:
     """What is nearly a number is told with its cure, by `check` already."""
-    desk.judge("def length(completions, **columns):\n    return [True] * len(completions)\n")
+    desk.judge("def length(completions, **columns):\n    return [str(len(text)) for text in completions]\n")
     code, _, errors = desk.command("check", "r.yaml")
     assert code == 2 and errors.startswith("r.yaml:9: reward.funcs: the reward 'length' failed (prompt ")
-    assert "returned True (bool); expected a number or None; write float(...) around a yes or no" in errors
+    assert "(str); expected a number or None; write float(...) around it" in errors
 
 
 def test_case_16_hangs(desk: Desk) -> None:
