@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_a_wrong_command_line_exits_with_2(arguments: list[str]) -> None:
 class FakeTrainer:
     """Stands where the trainer would, to see what it is told."""
 
-    told: tuple[Recipe, bool] | None = None
+    told: tuple[Recipe, bool | str, Sequence[str], bool] | None = None
     ending: BaseException | None = None
 
     @classmethod
@@ -93,8 +94,8 @@ class FakeTrainer:
         trainer.recipe = recipe  # type: ignore[attr-defined]
         return trainer
 
-    def train(self, resume: bool) -> None:
-        type(self).told = (self.recipe, resume)  # type: ignore[attr-defined]
+    def train(self, resume: bool | str, allow_changes: Sequence[str], replay_repair: bool) -> None:
+        type(self).told = (self.recipe, resume, allow_changes, replay_repair)  # type: ignore[attr-defined]
         if self.ending is not None:
             raise self.ending
 
@@ -108,7 +109,11 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrainer]:
 
 def test_train_hands_over_recipe_overrides_and_resume(trainer: type[FakeTrainer]) -> None:
     assert run("train", "quickstart", "--resume", "train.max_steps=3", "lora=null") == 0
-    assert trainer.told == (load_recipe("quickstart", ["train.max_steps=3", "lora=null"]), True)
+    recipe = load_recipe("quickstart", ["train.max_steps=3", "lora=null"])
+    assert trainer.told == (recipe, True, (), False)
+    more = ("--checkpoint", "step-000100", "--replay-repair", "--allow-change", "dqn.gamma", "--allow-change", "lora")
+    assert run("train", "quickstart", "--resume", "train.max_steps=3", "lora=null", *more) == 0
+    assert trainer.told == (recipe, "step-000100", ["dqn.gamma", "lora"], True)
 
 
 def test_a_failed_run_exits_with_1(
