@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,6 +13,7 @@ from benchmarks.learning.bases import BaseRecipe, base_model
 from benchmarks.learning.course import Course
 from benchmarks.learning.fine_tuning import train_online
 from benchmarks.learning.methods import REGIMES, for_task
+from benchmarks.learning.search import auc
 from benchmarks.learning.tasks import TASKS
 
 SMALL = BaseRecipe("sums", {"habit": 0.5, "shortest": 2, "longest": 3}, sums.VOCABULARY, steps=4, width=16, layers=1)
@@ -97,7 +99,8 @@ def test_both_loops_spend_their_budget_and_measuring_spends_nothing(small_task):
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
     }
-    dqn.train(small_task, course, ours, budget=32, seed=0)
+    found = dqn.train(small_task, course, ours, budget=32, seed=0, search_too=True)["search"]["tuned"]
+    assert found["sample"] < found["oracle"] and found["value"] <= found["oracle"]
     assert [(p["at"], p["scored"]) for p in course.points] == [(0, 0), (16, 16), (32, 32)]
     assert course.points[0]["kl"] == 0.0 < course.points[-1]["kl"]
 
@@ -115,6 +118,12 @@ def test_marks_are_read_between_points():
     assert summary.reached(course, 0.6) == pytest.approx(192)
     assert summary.reached(course, 0.1) == 0
     assert math.isinf(summary.reached(course, 0.9))
+
+
+def test_auc_counts_pairs_in_order():
+    assert auc(np.array([0.1, 0.4, 0.3, 0.9]), np.array([False, True, False, True])) == 1.0
+    assert auc(np.array([0.5, 0.5]), np.array([False, True])) == 0.5
+    assert auc(np.array([3.0, 1.0, 2.0]), np.array([False, True, True])) == 0.0
 
 
 def test_the_best_peer_sets_the_marks():

@@ -3,6 +3,7 @@
     python -m benchmarks.learning quick                     # 15 minutes: 2 tasks, 2 peers, 2 seeds
     python -m benchmarks.learning run --regime online       # everything: hours
     python -m benchmarks.learning table --regime online     # tables and charts from what is there
+    python -m benchmarks.learning ablate --tasks sums       # each choice in the design against the default
     python -m benchmarks.learning bases                     # the base models alone
 
 Tables go into `benchmarks/README.md`, charts into `benchmarks/results/`, cells into `benchmarks/results/learning.jsonl`
@@ -14,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.learning import protocol, summary
+from benchmarks.learning import ablation, protocol, summary
 from benchmarks.learning.bases import cache_folder
 from benchmarks.learning.cells import Store
 from benchmarks.learning.methods import REGIMES
@@ -32,10 +33,11 @@ QUICK = Plan("online", ("sums", "paths"), ("ours", "grpo", "filtered"), 2, 3, tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["quick", "run", "tune", "table", "bases"])
+    parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "bases"])
     parser.add_argument("--regime", choices=list(FULL), default="online")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=sorted({name for some in REGIMES.values() for name in some}))
+    parser.add_argument("--variants", nargs="+", choices=list(ablation.VARIANTS), help="of ablate")
     for name in ("seeds", "configurations", "tuning", "budget", "reference"):
         parser.add_argument(f"--{name}", type=int, help="instead of the full plan's")
     parser.add_argument("--fresh", action="store_true", help="forget what the quick version has measured")
@@ -53,15 +55,22 @@ def main() -> None:
     store = Store(cache_folder("quick.jsonl") if quick else RESULTS / "learning.jsonl")
     if quick and options.fresh:
         store.file.unlink(missing_ok=True)
+    shown = " ".join(["python -m benchmarks.learning", *(word for word in sys.argv[1:] if word != "--fresh")])
+    if options.command == "ablate":
+        where = (store, plan.tasks)
+        ablation.run(*where, options.variants or list(ablation.VARIANTS), plan.seeds, plan.tuning)
+        text = ablation.table(*where, plan.seeds, plan.tuning, shown.split(" --variants")[0])
+        write_table("learning-ablation", text)
+        print(text)
+        return
     if options.command == "tune":
         for task in plan.tasks:
             for method in plan.methods:
                 print(task, method, dict(protocol.tune(plan, store, task, method)), flush=True)
         return
     results = protocol.finished(plan, store) if options.command == "table" else protocol.run(plan, store)
-    shown = ["python -m benchmarks.learning", *(word for word in sys.argv[1:] if word != "--fresh")]
     name = "learning-quick" if quick else f"learning-{plan.regime}"
-    text = summary.table(plan, results, " ".join(shown).replace(" table", " run"))
+    text = summary.table(plan, results, shown.replace(" table", " run"))
     write_table(name, text)
     files = summary.draw(plan, results, cache_folder("charts") if quick else RESULTS)
     print(text, *files, sep="\n")

@@ -78,7 +78,8 @@ def run(cell: Cell) -> dict[str, Any]:
     course = Course(task, rows, cell.marks, cell.seed)
     budget = cell.marks[-1] if online else 0
     if method.kind == "dqn":
-        facts = dqn.train(task, course, settings, budget, cell.seed, logged)
+        search_too = online and cell.part == "test"
+        facts = dqn.train(task, course, settings, budget, cell.seed, logged, search_too)
     elif method.kind == "sft" and online:
         facts = fine_tuning.train_online(task, course, settings, budget, cell.seed)
     elif method.kind == "sft":

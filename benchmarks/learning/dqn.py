@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from benchmarks.learning.course import Course
+from benchmarks.learning.search import search
 from benchmarks.learning.tasks import Row, Task
 from llm_dqn import DQNConfig, DQNTrainer
 
@@ -42,15 +43,25 @@ def lora_of(task: Task) -> LoraConfig | None:
 
 
 def train(
-    task: Task, course: Course, settings: Mapping[str, Any], budget: int, seed: int, logged: Sequence[Row] = ()
+    task: Task,
+    course: Course,
+    settings: Mapping[str, Any],
+    budget: int,
+    seed: int,
+    logged: Sequence[Row] = (),
+    search_too: bool = False,
 ) -> dict[str, Any]:
-    """One run of `budget` scored completions; with logged rows and no budget, of the last mark's learner steps."""
+    """One run of `budget` scored completions; with logged rows and no budget, of the last mark's learner steps.
+
+    search_too: has `search` look at the network afterwards.
+    """
     with tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {
             "output_dir": f"{folder}/run",
             "max_completion_length": task.length,
             "max_scored_completions": budget,
             "max_steps": FOREVER if budget else course.marks[-1],
+            **({} if budget else {"updates_per_collect": 25}),  # how often it is looked at
             "eval_steps": 0,
             "save_steps": 0,
             "seed": seed,
@@ -73,4 +84,7 @@ def train(
         trainer.look()
         if trainer.scored_completions != course.scored.count:
             raise RuntimeError(f"{trainer.scored_completions} completions counted, {course.scored.count} judged")
-        return {"learning_rate": trainer.args.learning_rate}
+        if not search_too:
+            return {}
+        found = search(trainer.network, course.tokenizer, task, course.rows, seed=2000 + seed)
+        return {"search": {role: {name: round(value, 4) for name, value in few.items()} for role, few in found.items()}}

@@ -79,7 +79,7 @@ ONLINE = {
         "grpo",
         _grid(
             learning_rate=[1e-5, 3e-5, 1e-4],
-            iterations=[1, 4],
+            iterations=[4, 12],
             size=[{"completions": 64, "num_generations": 8}, {"completions": 32, "num_generations": 4}],
         ),
     ),
@@ -88,7 +88,7 @@ ONLINE = {
         "rloo",
         _grid(
             learning_rate=[1e-5, 3e-5, 1e-4],
-            iterations=[1, 4],
+            iterations=[4, 12],
             size=[{"completions": 32, "num_generations": 4}, {"completions": 16, "num_generations": 4}],
         ),
     ),
@@ -99,7 +99,7 @@ ONLINE = {
             {"completions": 64, "remember": 1, "batch": 16},
             learning_rate=[1e-5, 3e-5, 1e-4],
             of_each=[4, 8],
-            updates=[2, 8],
+            updates=[4, 16],
         ),
     ),
     "filtered": Method(

@@ -1,0 +1,90 @@
+"""Each choice in the design against the default, on tuning prompts: what to change, what to leave, what does nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.learning.cells import Cell, Store, run_missing
+from benchmarks.learning.methods import TEXTBOOK
+from benchmarks.learning.protocol import score
+
+FAST = {"updates_per_collect": 32, "target_sync_steps": 64}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "learning rate / 2": {"learning_rate": 1e-5},
+    "learning rate x 2": {"learning_rate": 4e-5},
+    "half the learning rate, twice the updates": {"learning_rate": 1e-5, **FAST},
+    "twice the updates": FAST,
+    "batch 32": {"per_device_train_batch_size": 32},
+    "collects of 32, 8 updates each": {
+        "prompts_per_collect": 32,
+        "learning_starts": 32,
+        "updates_per_collect": 8,
+    },
+    "beta 0.01": {"beta": 0.01},
+    "beta 0.1": {"beta": 0.1},
+    "lambda 1": {"lam": 1.0},
+    "lambda 0.8": {"lam": 0.8},
+    "advantage weight 0": {"advantage_weight": 0.0},
+    "advantage weight 0.3": {"advantage_weight": 0.3},
+    "advantage weight 3": {"advantage_weight": 3.0},
+    "success share 0 (uniform replay)": {"success_share": 0.0},
+    "success share 0.4": {"success_share": 0.4},
+    "success share 0.9": {"success_share": 0.9},
+    "prioritised replay": {"success_share": 0.0, "prioritized": True},
+    "replay of 512": {"capacity": 512},
+    "own completions from the start": {"epsilon": {"start": 0.05, "end": 0.05, "steps": 0}},
+    "4 completions a prompt": {"num_generations": 4, "prompts_per_collect": 16},
+    "target lags the head only": {"target": "head"},
+    "hard max over the prior's top 8": {"backup": "max", "support_top_k": 8},
+    "double Q over the prior's top 8": {"backup": "max", "support_top_k": 8, "double": True},
+    "one-step targets": {"n_step": 1},
+    "uncorrected returns": {"corrected": False},
+    "uniform exploration": {"explore": "uniform"},
+    "linear head, prior kept": {"q_head": "linear"},
+    "the textbook, all switches": TEXTBOOK,
+}
+
+
+def cells(task: str, variant: str, seeds: int, budget: int) -> list[Cell]:
+    marks = (budget // 4, budget // 2, budget)
+    return [Cell(task, "online", "ours", VARIANTS[variant], seed, "tuning", marks) for seed in range(seeds)]
+
+
+def run(store: Store, tasks: Sequence[str], variants: Sequence[str], seeds: int, budget: int) -> None:
+    """Everything that is missing, variant after variant."""
+    for variant in variants:
+        for task in tasks:
+            run_missing(store, cells(task, variant, seeds, budget))
+
+
+def table(store: Store, tasks: Sequence[str], seeds: int, budget: int, command: str) -> str:
+    """Markdown: a row a variant that is through on any task."""
+    known = store.read()
+    marks = (budget // 4, budget)
+    heads = ["variant", *(f"{task}, {mark:,}" for task in tasks for mark in marks), "KL a token"]
+    lines = [
+        f"`{command}`: score on tuning prompts after so many scored completions, mean over {seeds} seed(s) "
+        "(least); each row changes only what it names.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    for variant in VARIANTS:
+        found = {task: [known.get(cell.key) for cell in cells(task, variant, seeds, budget)] for task in tasks}
+        through = {task: results for task, results in found.items() if None not in results}
+        if not through:
+            continue
+        row = [_figures(through.get(task), place) for task in tasks for place in (0, -1)]
+        kl = [result["points"][-1]["kl"] for results in through.values() for result in results]
+        lines.append(f"| {' | '.join([variant, *row])} | {np.mean(kl):.2f} |")
+    return "\n".join(lines)
+
+
+def _figures(results: Sequence[dict[str, Any]] | None, place: int) -> str:
+    if results is None:
+        return ""
+    scores = [score(result["points"][place]) for result in results]
+    least = f" ({min(scores):.3f})" if len(scores) > 1 else ""
+    return f"{np.mean(scores):.3f}{least}"

@@ -1,0 +1,99 @@
+"""What the trained Q and V know: choosing among four candidates at inference, and telling good prefixes from bad."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.learning.measure import write
+from benchmarks.learning.tasks import Row, Task
+from llm_dqn.adapters import Role
+from llm_dqn.network import QNetwork
+from llm_dqn.replay import collate_tokens
+from llm_dqn.scoring import look_at
+
+CANDIDATES = 4
+PARTS = (0.25, 0.5, 0.75, 1.0)  # of a completion
+BATCH = 64
+
+
+def search(
+    network: QNetwork, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], seed: int
+) -> dict[str, dict[str, float]]:
+    """Mean reward of the candidate that each rule chooses, for candidates of the tuned policy and of the base model.
+
+    sample: any; likelihood: of the tuned policy, a token; value: V before the last token; log_ratio: Q - V summed up,
+    the value that the policy itself implies; oracle: the best there is. Beside them, `auc_...`: how well V before that
+    part's last token, and the sum of Q - V up to it, rank completions of the tuned policy by whether they end above the
+    mean reward.
+    """
+    many = [row for row in rows for _ in range(CANDIDATES)]
+    prompts = [row["prompt"] for row in many]
+    columns = {name: [row[name] for row in many] for name in many[0] if name != "prompt"}
+    found = {}
+    roles: tuple[tuple[str, Role], ...] = (("tuned", "online"), ("base", "reference"))
+    for name, role in roles:
+        with torch.random.fork_rng(devices=[]), network.writer(role) as model:
+            torch.manual_seed(seed)
+            written = write(model, tokenizer, prompts, task.length)
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        rewards = np.array(task.judge()(prompts=prompts, completions=texts, **columns))
+        facts = _facts(network, tokenizer, prompts, written)
+        found[name] = _chosen(facts, rewards)
+        if role == "online":
+            found[name] |= _ranking(facts, rewards)
+    return found
+
+
+def _facts(
+    network: QNetwork, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], written: Sequence[list[int]]
+) -> dict[str, list[Any]]:
+    """Token by token: V, Q - V, and the tuned policy's mean log-probability of the whole."""
+    pairs = [(torch.tensor(tokenizer(p)["input_ids"]), torch.tensor(w)) for p, w in zip(prompts, written, strict=True)]
+    looks = look_at(network, pairs, BATCH, top=1)
+    likelihoods: list[float] = []
+    for start in range(0, len(pairs), BATCH):
+        starts, ends = zip(*pairs[start : start + BATCH], strict=True)
+        tokens = collate_tokens(starts, ends)
+        likelihoods += (network.logprobs(tokens, "online").sum(1) / tokens.action_mask.sum(1)).tolist()
+    values = [look.values.numpy() for look in looks]
+    advantages = [np.cumsum((look.q_values - look.values).numpy()) for look in looks]
+    return {"value": values, "log_ratio": advantages, "likelihood": likelihoods}
+
+
+def _chosen(facts: dict[str, list[Any]], rewards: np.ndarray) -> dict[str, float]:
+    by_prompt = rewards.reshape(-1, CANDIDATES)
+
+    def picked(scores: Sequence[float]) -> float:
+        choice = np.array(scores).reshape(-1, CANDIDATES).argmax(1)
+        return float(by_prompt[np.arange(len(by_prompt)), choice].mean())
+
+    return {
+        "sample": float(rewards.mean()),
+        "likelihood": picked(facts["likelihood"]),
+        "value": picked([values[-1] for values in facts["value"]]),
+        "log_ratio": picked([sums[-1] for sums in facts["log_ratio"]]),
+        "oracle": float(by_prompt.max(1).mean()),
+    }
+
+
+def _ranking(facts: dict[str, list[Any]], rewards: np.ndarray) -> dict[str, float]:
+    good = rewards > rewards.mean()
+    found = {}
+    for part in PARTS:
+        for name in ("value", "log_ratio"):
+            scores = [one[max(0, int(np.ceil(part * len(one))) - 1)] for one in facts[name]]
+            found[f"auc_{name}_{part:g}"] = auc(np.array(scores), good)
+    return found
+
+
+def auc(scores: np.ndarray, good: np.ndarray) -> float:
+    """Probability that a good one scores above a bad one, ties counting half; 0.5 where all are of one kind."""
+    above, below = scores[good], scores[~good]
+    if len(above) == 0 or len(below) == 0:
+        return 0.5
+    order = np.sort(below)
+    left, right = np.searchsorted(order, above, "left"), np.searchsorted(order, above, "right")
+    return float((left + right).mean() / 2 / len(below))
