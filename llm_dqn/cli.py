@@ -61,8 +61,9 @@ def train(
     """Train: write, score, remember, learn."""
     from llm_dqn.recipe import load_recipe
 
-    if (checkpoint or replay_repair) and not resume:
-        raise UserError(f"{'--checkpoint' if checkpoint else '--replay-repair'} needs --resume beside it")
+    needing = {"--checkpoint": checkpoint, "--replay-repair": replay_repair, "--allow-change": allow_change}
+    if not resume and any(needing.values()):
+        raise UserError(f"{next(flag for flag in needing if needing[flag])} needs --resume beside it")
     loaded = load_recipe(recipe, overrides or ())
     refuse_if_running(Path(loaded.train.output_dir))
     _look_for_the_hub(loaded.sources, loaded.folder)

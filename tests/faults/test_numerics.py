@@ -106,11 +106,11 @@ def shrink(run: Any, rows: int) -> list[int]:
     """A device on which so many rows fit in a learner's pass; returns the sizes of those that went through."""
     sizes, forward = [], run.network.forward
 
-    def limited(batch: Any) -> Any:
+    def limited(batch: Any, *more: Any) -> Any:
         if len(batch.slots) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         sizes.append(len(batch.slots))
-        return forward(batch)
+        return forward(batch, *more)
 
     run.network.forward = limited
     return sizes
