@@ -75,6 +75,9 @@ def train(
         again += [f"--checkpoint={checkpoint}"] if checkpoint else []
         again += ["--replay-repair"] if replay_repair else []
         sys.exit(launch_processes(num_processes, again))
+    from llm_dqn.launch import check_launch
+
+    check_launch()
     from llm_dqn.trainer import DQNTrainer
 
     _hush()
