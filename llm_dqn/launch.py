@@ -87,7 +87,7 @@ def check_launch() -> None:
     if asked > 1 and "WORLD_SIZE" not in environment:
         raise UserError(
             f"accelerate launch was asked for {asked} processes and started one, as it always does on CPUs; use "
-            f"`llm-dqn train ... --num-processes {asked}`, `torchrun --nproc-per-node {asked} -m llm_dqn train ...`, or "
+            f"`llm-dqn train ... --num-processes {asked}`, `torchrun --nproc-per-node {asked} -m llm_dqn train ...` or "
             f"`accelerate launch --multi_gpu --num_processes {asked} -m llm_dqn train ...`, which works on CPUs, too"
         )
 

@@ -1,4 +1,4 @@
-"""The three launchers with real processes, what `accelerate launch` would do silently, and the shipped configurations."""
+"""The launchers with real processes, what `accelerate launch` would do silently, and the shipped configurations."""
 
 import json
 import os
@@ -20,8 +20,10 @@ CONFIGS = ROOT / "recipes" / "accelerate"
 SETTINGS = ["train.max_steps=4", "train.eval_steps=0", "train.save_steps=0", "train.final_eval_prompts=4"]
 LAUNCHERS = {  # `--num-processes` is proven in test_processes
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llm_dqn"],
-    "accelerate": ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / "ddp.yaml")]
-    + ["--num_processes", "2", "-m", "llm_dqn"],
+    "accelerate": [
+        *("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(CONFIGS / "ddp.yaml")),
+        *("--num_processes", "2", "-m", "llm_dqn"),
+    ],
 }
 
 
