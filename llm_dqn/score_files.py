@@ -65,7 +65,8 @@ def score(
 
     Raises `UserError` for input that cannot be used, before the model is loaded where possible.
     """
-    scorer = Scorer(os.fspath(run), RowStream(rows), rewards, batch_size, top, strict, logger.warning)
+    source = resolve_path(os.fspath(rows)) if isinstance(rows, str | os.PathLike) else rows
+    scorer = Scorer(os.fspath(run), RowStream(source), rewards, batch_size, top, strict, logger.warning)
     return scorer.lines()
 
 
