@@ -66,6 +66,7 @@ class Saver:
         """
         self.finish()
         if step == self._saved:
+            self._tidy()  # the run may have been killed between its last checkpoint and the end of what was too old
             return
         self._saved = step
         job = _Job(checkpoint.checkpoint_folder(self.root, step), json.dumps(state), parts, dict(about))
@@ -178,7 +179,10 @@ class Saver:
             checkpoint.set_aside(self.root, checkpoint.step_of(job.folder) - 1)
         os.replace(job.temporary, job.folder)
         sync(self.root)
-        if self.keep is not None:
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self.rank == 0 and self.keep is not None:
             checkpoint.prune(self.root, self.keep)
 
 

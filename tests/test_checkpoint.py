@@ -179,6 +179,18 @@ def test_the_newest_and_the_best_stay(tmp_path, keep, scores, left):
     assert all(checkpoint.verify(folder) is None for folder in checkpoint.folders(tmp_path))
 
 
+def test_what_a_killed_run_could_no_longer_delete_goes_with_the_next(tmp_path, monkeypatch):
+    """Killed after the last checkpoint of all was complete and before the oldest was deleted."""
+    run = SmallRun(tmp_path, keep=2)
+    monkeypatch.setattr(checkpoint, "prune", lambda root, keep: None)
+    for step in (1, 2, 3):
+        run.save(step)
+    monkeypatch.undo()
+    run.goes_on_from(tmp_path / "step-000003")
+    run.save(3)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+
+
 def test_sampled_rewards_decide_between_equal_greedy_ones(tmp_path):
     run = SmallRun(tmp_path, keep=1)
     for step, sampled in enumerate((0.1, 0.8, 0.3), start=1):
