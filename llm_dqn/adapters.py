@@ -31,6 +31,9 @@ class Roles(Protocol):
     def acting_as(self, role: Role) -> Any:
         """Context that yields the plain Hugging Face model of `role`."""
 
+    def plain(self, role: Role) -> PreTrainedModel:
+        """The same model without switching to the role: for those of its layers that no adapter sits on."""
+
     def sync_target(self, tau: float) -> None:
         """Target <- tau * online + (1 - tau) * target."""
 
@@ -125,6 +128,10 @@ class AdapterRoles:
         else:
             yield plain
 
+    def plain(self, role: Role) -> PreTrainedModel:
+        """The base, whatever the role."""
+        return self.model.get_base_model()
+
     def _adapter(self, role: str) -> dict[str, Tensor]:
         return get_peft_model_state_dict(self.model, adapter_name=_ADAPTER_OF[role], save_embedding_layers=False)
 
@@ -186,12 +193,13 @@ class CopyRoles:
     @contextmanager
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
         """Yields the copy that plays `role`."""
+        yield self.plain(role)
+
+    def plain(self, role: Role) -> PreTrainedModel:
+        """The copy that plays `role`."""
         if role == "reference":
-            yield self._reference
-        elif role == "target" and self._target is not None:
-            yield self._target
-        else:
-            yield self.model
+            return self._reference
+        return self._target if role == "target" and self._target is not None else self.model
 
     @torch.no_grad()
     def sync_target(self, tau: float) -> None:

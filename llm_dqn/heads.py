@@ -62,7 +62,7 @@ class LinearQHead(nn.Module):
     def taken(self, hidden: Tensor, actions: Tensor) -> Tensor:
         """Q of one action a position from its row alone, (N, H), (N,) -> (N,): no (N, V) tensor."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return (hidden.float() * self.weight[actions]).sum(-1) + self.bias
+            return torch.linalg.vecdot(hidden.float(), self.weight[actions]) + self.bias
 
     def start_at(self, value: float) -> None:
         """Makes every Q the constant `value`."""
@@ -107,13 +107,13 @@ def saved_heads(file: Path, num_tokens: int) -> dict[str, Any]:
     return {"q_head": kind, "beta": beta, "uniform_prior": uniform, "needs_value_head": has_value}
 
 
-def _pieces(*tensors: Tensor, size: int = CHUNK) -> Iterator[tuple[Tensor, ...]]:
+def _pieces(*tensors: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:
     for start in range(0, tensors[0].shape[0], size):
         yield tuple(tensor[start : start + size] for tensor in tensors)
 
 
-def taken_logprobs(hidden: Tensor, actions: Tensor, logits_of: LogitsFunction) -> Tensor:
-    """Log softmax(logits)[action], (N, H), (N,) -> (N,), a chunk of positions at a time.
+def taken_logprobs(hidden: Tensor, actions: Tensor, logits_of: LogitsFunction, size: int) -> Tensor:
+    """Log softmax(logits)[action], (N, H), (N,) -> (N,), by any layer, `size` positions at a time.
 
     With gradients on, the logits of a chunk are computed again in backward instead of being kept.
     """
@@ -122,32 +122,22 @@ def taken_logprobs(hidden: Tensor, actions: Tensor, logits_of: LogitsFunction) -
         logits = logits_of(hidden)
         return logits.gather(-1, actions.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(logits, dim=-1)
 
-    return _over_pieces(piece, hidden, actions)
-
-
-def logsumexp_q(hidden: Tensor, q_of: LogitsFunction) -> Tensor:
-    """Log sum_a exp Q(s, a), (N, H) -> (N,), in chunks with recomputation."""
-    return _over_pieces(lambda piece: torch.logsumexp(q_of(piece), dim=-1), hidden)
-
-
-def _over_pieces(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`function` over chunks of the first dimension; recomputed in backward when gradients are on."""
-    if tensors[0].shape[0] == 0:
-        return tensors[0].float().sum(-1)
+    if len(hidden) == 0:
+        return hidden.float().sum(-1)
     recompute = torch.is_grad_enabled()
     results = [
-        checkpoint(function, *piece, use_reentrant=False) if recompute else function(*piece)
-        for piece in _pieces(*tensors)
+        checkpoint(piece, *part, use_reentrant=False) if recompute else piece(*part)
+        for part in _pieces(hidden, actions, size=size)
     ]
     return torch.cat(results)
 
 
 @torch.no_grad()
-def reduce_states(reduce: Callable[..., Tensor], *hiddens: Tensor) -> Tensor:
-    """`reduce` of chunks of (N, H) tensors to (N,), without gradient: values of states from all their Qs."""
-    if hiddens[0].shape[0] == 0:
+def reduce_states(reduce: Callable[..., Tensor], size: int, *hiddens: Tensor) -> Tensor:
+    """`reduce` of chunks of `size` rows of (N, ...) tensors to (N,), without gradient: values of states from all Qs."""
+    if len(hiddens[0]) == 0:
         return hiddens[0].float().sum(-1)
-    return torch.cat([reduce(*piece) for piece in _pieces(*hiddens)])
+    return torch.cat([reduce(*piece) for piece in _pieces(*hiddens, size=size)])
 
 
 @torch.no_grad()

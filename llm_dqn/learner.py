@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from llm_dqn import losses
@@ -89,14 +90,14 @@ class Learner:
     def loss(self, batch: PrefixBatch, target: TDTarget, count: Tensor, weight: Tensor) -> tuple[Tensor, QOutput]:
         """The TD loss with the terms beside it that the settings ask for, and the online Q-values behind it."""
         mask = batch.action_mask
-        q = self.parts.model(batch)
+        raised = target.advantages > 0 if self.advantage_weight > 0 else torch.zeros_like(mask)
+        q = self.parts.model(batch, raised, self.cql_weight > 0)
         loss = self.parts.td_loss(q, target.returns, mask, count)
         if self.advantage_weight > 0:
             raised = losses.advantage_weighted_nll(q.logprobs, target.advantages.clamp(min=0), mask, weight)
             loss = loss + self.advantage_weight * raised
         if self.expectile is not None:
             loss = loss + losses.expectile_loss(q.values, target.q_taken, mask, count, self.expectile)
-        if self.cql_weight > 0:
-            everything = self.parts.network.conservative_term(batch)
-            loss = loss + self.cql_weight * losses.conservative_loss(everything, q.taken, mask, count)
+        if q.normalizers is not None:
+            loss = loss + self.cql_weight * losses.conservative_loss(q.normalizers, q.taken, mask, count)
         return loss, q

@@ -95,7 +95,8 @@ class QOutput:
     taken: Tensor  # Q(s_t, a_t)
     values: Tensor  # V(s_t) under the backup rule
     next_values: Tensor  # V(s_{t+1}); at the last action that of the finished text, which discounts switch off
-    logprobs: Tensor  # log pi(a_t | s_t) of the acting policy
+    logprobs: Tensor  # log pi(a_t | s_t) of the acting policy, where it was asked for
+    normalizers: Tensor | None = None  # log sum_a exp Q(s_t, a), where it was asked for
 
     @property
     def advantages(self) -> Tensor:

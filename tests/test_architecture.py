@@ -16,15 +16,16 @@ cli_replay
 score_files
 doctor preflight inference merge replay_export replay_statistics
 trainer
-learner
-inputs
+learner examiner
+judging inputs
 assembly score_rows logbook hub replay_browser
 bundle saver
 evaluation scoring checkpoint launch card opening
 rollout strength
 network rewards
+policy_network
 adapters policy replay row_stream data metrics console reward_functions report
-heads states token_texts heatmap report_charts episode_store reward_model reward_worker isolation
+heads states vocabulary token_texts heatmap report_charts episode_store reward_model reward_worker isolation
 tables models pages run_files calibration warning_signs
 targets losses schedules recipe charts statistics references processes memory numerics resume
 offline recipe_changes

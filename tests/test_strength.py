@@ -126,7 +126,7 @@ def test_kl_is_exact_over_the_vocabulary(
         wanted.append(float((mixed.exp() * (mixed - base)).sum()))
     assert net.kl(tokens, scale)[0].tolist() == pytest.approx(wanted, abs=2e-6)
     monkeypatch.setattr("llm_dqn.heads.CHUNK", 1)
-    assert net.kl(tokens, scale)[0].tolist() == pytest.approx(wanted, abs=2e-6)
+    assert net.kl(tokens, scale)[0].tolist() == pytest.approx(wanted, abs=4e-6)
     if scale == 1:
         assert torch.equal(net.kl(tokens), net.kl(tokens, 1.0))
 

@@ -1,0 +1,195 @@
+"""Sums over a whole vocabulary without an (N, V) tensor: a few positions and a few tokens at a time.
+
+log sum_a exp(logit_a) needs all V logits of a position, and so does its gradient sum_a pi(a) W_a, but neither needs
+them at once. One sweep over the rows of the output layer keeps a running maximum, a running sum and, where the layer is
+not trained, the running gradient by the hidden state: two products where recomputation in backward would take three.
+The running maximum is that of Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867.
+
+N positions, H hidden size, V tokens that may be chosen. Sums are float32 whatever the products are computed in.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+POSITIONS = 512  # swept together: enough to keep the arithmetic units busy
+# Logits held at a time: on a processor what its cache holds, elsewhere what keeps launches few.
+HELD_ON_CPU, HELD_ELSEWHERE = 2**19, 2**25
+FEWEST_TOKENS = 256  # a product of fewer rows is slow
+
+
+@dataclass(frozen=True)
+class OutputRows:
+    """The output layer's rows of tokens that may be chosen, as plain tensors: logits = postprocess(h W^T + b)."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    postprocess: Callable[[Tensor], Tensor] | None = None  # elementwise; None where the logits stay as they are
+    dtype: torch.dtype = torch.float32  # of the products
+
+    def raw(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        """(N, H) -> (N, stop - start) float32, before `postprocess`."""
+        bias = None if self.bias is None else self.bias[start:stop].to(self.dtype)
+        return nn.functional.linear(hidden.to(self.dtype), self.weight[start:stop].to(self.dtype), bias).float()
+
+    def taken(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) logits of one token a position, from its row alone, and their gradients by the hidden state, (N, H)."""
+        rows = self.weight[actions].to(self.dtype)
+        raw = torch.linalg.vecdot(hidden.to(self.dtype), rows).float()
+        raw = raw if self.bias is None else raw + self.bias[actions].float()
+        logits, slope = self.bent(raw)
+        return logits, rows.float() if slope is None else slope.unsqueeze(-1) * rows.float()
+
+    def bent(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `postprocess` makes of raw logits, and its derivative at them; None where that is one."""
+        if self.postprocess is None:
+            return raw, None
+        with torch.enable_grad():
+            leaf = raw.requires_grad_()
+            logits = self.postprocess(leaf)
+            (slope,) = torch.autograd.grad(logits.sum(), leaf)
+        return logits.detach(), slope
+
+
+def taken_logprobs(hidden: Tensor, actions: Tensor, rows: OutputRows) -> Tensor:
+    """Log softmax(logits)[action] by an output layer that is not trained, (N, H), (N,) -> (N,)."""
+    return _TakenLogprobs.apply(hidden, actions, rows)
+
+
+def log_normalizer(hidden: Tensor, rows: OutputRows | None, weight: Tensor | None = None, scale: float = 1) -> Tensor:
+    """Log sum_a exp(logit_a + scale w_a . h), (N, H) -> (N,), without gradient; `rows` or `weight` may be left out."""
+    parts = [_sweep(part, _Tiles(part, rows, weight, scale), False)[0] for part in hidden.detach().split(POSITIONS)]
+    return torch.cat(parts)
+
+
+def linear_taken(
+    hidden: Tensor, weight: Tensor, actions: Tensor, chosen: Tensor, rows: OutputRows | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """w_a . h of the taken tokens (N,), and log sum_a exp(logit_a + scale w_a . h) at the positions `chosen` (M,).
+
+    A trained layer (V, H) beside one that is not. Its gradient is made once for both, as it is as large as the layer.
+    """
+    return _LinearTaken.apply(hidden, weight, actions, chosen, rows, scale)
+
+
+class _Tiles:
+    """Which tokens are looked at together, and their rows."""
+
+    def __init__(self, hidden: Tensor, rows: OutputRows | None, weight: Tensor | None, scale: float) -> None:
+        self.rows, self.weight, self.scale = rows, weight, scale
+        first = rows.weight if weight is None and rows is not None else weight
+        assert first is not None
+        self.count = len(first)
+        held = HELD_ON_CPU if hidden.device.type == "cpu" else HELD_ELSEWHERE
+        self.size = max(FEWEST_TOKENS, held // max(1, len(hidden)))
+
+    def __iter__(self) -> Iterator[slice]:
+        return (slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size))
+
+    def at(self, hidden: Tensor, tile: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(logits (N, tile), rows (tile, H) that turn a gradient of raw logits into one of the hidden state, slope)."""
+        if self.weight is None:
+            assert self.rows is not None
+            logits, slope = self.rows.bent(self.rows.raw(hidden, tile.start, tile.stop))
+            return logits, self.rows.weight[tile], slope
+        together = self.weight[tile] * self.scale
+        if self.rows is not None:  # one product for both layers
+            together += self.rows.weight[tile].float()
+        return hidden.float() @ together.T, together, None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return torch.float32 if self.weight is not None or self.rows is None else self.rows.dtype
+
+
+@torch.no_grad()
+def _sweep(hidden: Tensor, tiles: _Tiles, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """(N,) log-normalisers and, where asked, their gradients by the hidden state, (N, H)."""
+    highest = torch.full((len(hidden), 1), float("-inf"), device=hidden.device)
+    total = torch.zeros_like(highest)
+    gradient = torch.zeros(hidden.shape, device=hidden.device) if with_gradient else None
+    for tile in tiles:
+        logits, rows, slope = tiles.at(hidden, tile)
+        higher = torch.maximum(highest, logits.amax(1, keepdim=True))
+        shrink = (highest - higher).exp_()
+        shares = logits.sub_(higher).exp_()
+        total.mul_(shrink).add_(shares.sum(1, keepdim=True))
+        if gradient is not None:
+            shares = shares if slope is None else shares.mul_(slope)
+            gradient.mul_(shrink)
+            if tiles.dtype == torch.float32:
+                gradient.addmm_(shares, rows.float())
+            else:
+                gradient.add_(shares.to(tiles.dtype) @ rows.to(tiles.dtype))
+        highest = higher
+    return (total.log() + highest).squeeze(1), None if gradient is None else gradient.div_(total)
+
+
+class _TakenLogprobs(torch.autograd.Function):
+    """Its gradient by a position's hidden state is a vector that the forward pass finds on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, actions: Tensor, rows: OutputRows) -> Tensor:
+        logprobs, gradients = [], []
+        for part, taken in zip(hidden.split(POSITIONS), actions.split(POSITIONS), strict=True):
+            normalizer, pull = _sweep(part, _Tiles(part, rows, None, 1.0), ctx.needs_input_grad[0])
+            logits, push = rows.taken(part, taken)
+            logprobs.append(logits - normalizer)
+            gradients.append(None if pull is None else push - pull)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(gradients))  # type: ignore[arg-type]
+            ctx.dtype = hidden.dtype
+        return torch.cat(logprobs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (grad.unsqueeze(-1) * gradient).to(ctx.dtype), None, None
+
+
+class _LinearTaken(torch.autograd.Function):
+    """Sweeps again in backward, as the gradient of a layer needs what each position's part in the loss is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        actions: Tensor,
+        chosen: Tensor,
+        rows: OutputRows | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        states = hidden.float()
+        normalizer = log_normalizer(states[chosen], rows, weight, scale)
+        ctx.save_for_backward(hidden, weight, actions, chosen, normalizer)
+        ctx.rows, ctx.scale = rows, scale
+        return torch.linalg.vecdot(states, weight[actions]), normalizer
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_taken: Tensor, grad_normalizer: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        hidden, weight, actions, chosen, normalizer = ctx.saved_tensors
+        states = hidden.float()
+        by_hidden = grad_taken.unsqueeze(-1) * weight[actions]
+        by_weight = torch.zeros_like(weight).index_add_(0, actions, grad_taken.unsqueeze(-1) * states)
+        pieces = zip(*(flat.split(POSITIONS) for flat in (chosen, normalizer, grad_normalizer)), strict=True)
+        for places, known, share in pieces:
+            part = states[places]
+            tiles = _Tiles(part, ctx.rows, weight, ctx.scale)
+            pull = torch.zeros_like(part)
+            for tile in tiles:
+                logits, rows, _ = tiles.at(part, tile)
+                probs = logits.sub_(known.unsqueeze(1)).exp_().mul_(share.unsqueeze(1))
+                pull.addmm_(probs, rows)
+                by_weight[tile].addmm_(probs.T, part, alpha=ctx.scale)
+            by_hidden.index_add_(0, places, pull)
+        return by_hidden.to(hidden.dtype), by_weight, None, None, None, None

@@ -1,0 +1,150 @@
+"""What makes an update cheap gives what the plain way gives: values and gradients against full (N, V) tensors."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llm_dqn import targets, vocabulary
+from llm_dqn.replay import PrefixReplay
+from llm_dqn.vocabulary import OutputRows
+from tests.networks import episode, lora, network, shake
+
+N, H, V = 11, 16, 300
+EPISODES = [([5, 6, 7], [8, 9, 10, 1]), ([11], [12, 1]), ([13, 14, 15, 16, 17], [18, 19])]
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Sweeps in many pieces, the last ones smaller."""
+    monkeypatch.setattr(vocabulary, "POSITIONS", 4)
+    monkeypatch.setattr(vocabulary, "HELD_ON_CPU", 4)
+    monkeypatch.setattr(vocabulary, "FEWEST_TOKENS", 7)
+
+
+def tensors(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bend", [None, lambda raw: 3 * torch.tanh(raw / 3), lambda raw: raw * 0.25])
+@pytest.mark.parametrize("bias", [False, True])
+def test_taken_logprobs_and_their_gradient_equal_log_softmax(pieces, bend, bias):
+    """Invariant 6: a sweep in many pieces against one (N, V) tensor, with soft caps, scales and biases."""
+    hidden, weight = tensors(N, H, scale=2).requires_grad_(), tensors(V, H, seed=1)
+    offset = tensors(V, seed=2) if bias else None
+    actions, ahead = torch.arange(N) * 27, tensors(N, seed=3)
+    found = vocabulary.taken_logprobs(hidden, actions, OutputRows(weight, offset, bend))
+    (gradient,) = torch.autograd.grad((found * ahead).sum(), hidden)
+    raw = hidden @ weight.T + (0 if offset is None else offset)
+    expected = (raw if bend is None else bend(raw)).log_softmax(-1)[torch.arange(N), actions]
+    (naive,) = torch.autograd.grad((expected * ahead).sum(), hidden)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(gradient, naive, atol=1e-5)
+
+
+def test_large_logits_neither_overflow_nor_vanish(pieces):
+    """A running maximum that rises by hundreds from piece to piece."""
+    hidden, weight = torch.ones(2, 1), torch.linspace(-900, 900, V).unsqueeze(1)
+    rows = OutputRows(weight)
+    assert vocabulary.log_normalizer(hidden, rows).tolist() == pytest.approx(
+        [900 + np.log(1 / (1 - np.exp(-1800 / 299)))] * 2
+    )
+    assert not vocabulary.log_normalizer(hidden * float("nan"), rows).isfinite().any()
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("chosen", [[], [0, 3, 4, 9], list(range(N))])
+def test_linear_head_and_its_normaliser_have_the_naive_gradient(pieces, prior, chosen):
+    """Taken Q-values of all positions and acting normalisers of some, through both the trunk and the head."""
+    hidden, weight = tensors(N, H).requires_grad_(), tensors(V, H, seed=1).requires_grad_()
+    rows, scale = (OutputRows(tensors(V, H, seed=4)) if prior else None), 2.5
+    actions, places = torch.arange(N) * 27 // 2, torch.tensor(chosen, dtype=torch.int64)
+    by_taken, by_normalizer = tensors(N, seed=3), tensors(len(chosen), seed=5)
+    taken, normalizers = vocabulary.linear_taken(hidden, weight, actions, places, rows, scale)
+    found = torch.autograd.grad((taken * by_taken).sum() + (normalizers * by_normalizer).sum(), (hidden, weight))
+    q_values = hidden @ weight.T
+    logits = scale * q_values + (hidden @ rows.weight.T if rows else 0)
+    expected = q_values[torch.arange(N), actions], logits[places].logsumexp(-1)
+    loss = (expected[0] * by_taken).sum() + (expected[1] * by_normalizer).sum()
+    naive = torch.autograd.grad(loss, (hidden, weight))
+    assert torch.allclose(taken, expected[0], atol=1e-5) and torch.allclose(normalizers, expected[1], atol=1e-5)
+    for one, other in zip(found, naive, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def batch_of(net, reward: float = 1.0):
+    replay = PrefixReplay(16)
+    replay.add([episode(p, c, reward, ended="eos" if c[-1] == 1 else "length") for p, c in EPISODES])
+    batch = replay.batch(np.arange(len(EPISODES)))
+    return replace(batch, ref_logprobs=net.logprobs(batch.tokens, "reference"))
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_soft_values_of_a_linear_head_are_those_of_the_rule(tiny_llama_path, pieces, uniform):
+    """The sweeps of `backup="soft"` against `targets.soft_value` of full tensors."""
+    options = {"q_head": "linear", "uniform_prior": uniform}
+    swept = network(tiny_llama_path, backup="soft", **options)
+    full = network(tiny_llama_path, backup=lambda q, prior, _: targets.soft_value(q, prior, 0.5), **options)
+    for net in (swept, full):
+        shake(net, 0.2)
+        net.sync_target()
+    batch = batch_of(swept)
+    one, other = swept.target(batch), full.target(batch)
+    for name in ("values", "next_values", "taken"):
+        assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-5), name
+    assert one.values.abs().max() > 0.1
+
+
+def test_a_trained_or_adapted_output_layer_takes_the_other_path_to_the_same_numbers(tiny_llama_path, pieces):
+    """LoRA on the output layer, fresh and therefore without effect, against the layer alone."""
+    plain = network(tiny_llama_path)
+    adapted = network(tiny_llama_path, lora=lora(target_modules=["q_proj", "lm_head"]))
+    whole = network(tiny_llama_path, lora=None)
+    batch = batch_of(plain)
+    expected = plain(batch).logprobs
+    assert plain._output_rows("online") is not None
+    for net in (adapted, whole):
+        assert net._output_rows("online") is None
+        assert torch.allclose(net(batch).logprobs, expected, atol=1e-5)
+
+
+def test_log_probabilities_of_a_linear_head_only_where_they_are_asked_for(tiny_llama_path):
+    net = network(tiny_llama_path, q_head="linear")
+    shake(net, 0.2)
+    batch = batch_of(net)
+    asked = batch.action_mask & (torch.arange(batch.action_mask.shape[1]) % 2 == 0)
+    every, some, none = net(batch), net(batch, asked), net(batch, torch.zeros_like(asked))
+    assert torch.allclose(some.logprobs, torch.where(asked, every.logprobs, 0.0), atol=1e-6)
+    assert none.logprobs.abs().sum() == 0 and torch.equal(every.taken, none.taken)
+    assert every.logprobs[batch.action_mask].max() < 0
+
+
+def test_normalisers_for_cql_come_from_the_same_pass(tiny_llama_path, monkeypatch):
+    net = network(tiny_llama_path, q_head="linear")
+    shake(net, 0.2)
+    batch, passes = batch_of(net), []
+    hidden_of = net._hidden
+    monkeypatch.setattr(net, "_hidden", lambda tokens, role: passes.append(role) or hidden_of(tokens, role))
+    q = net(batch, normalizers=True)
+    assert passes == ["online"]
+    states = hidden_of(batch.tokens, "online")
+    for row, (prompt, completion) in enumerate(EPISODES):
+        for t in range(len(completion)):
+            expected = net.heads["q"](states[row, len(prompt) - 1 + t]).logsumexp(-1)
+            assert q.normalizers[row, t].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_one_pass_of_the_trunk_a_role(tiny_llama_path, monkeypatch):
+    """A target reads the target's trunk, and the online one for double Q only."""
+    for rule, roles in (("soft", ["target"]), ("double", ["target", "online"])):
+        backup = "soft" if rule == "soft" else (lambda q, prior, online: targets.double_value(q, online()))
+        net = network(tiny_llama_path, q_head="linear", backup=backup)
+        batch, passes = batch_of(net), []
+        hidden_of = net._hidden
+        monkeypatch.setattr(
+            net, "_hidden", lambda tokens, role, of=hidden_of, seen=passes: seen.append(role) or of(tokens, role)
+        )
+        net.target(batch)
+        assert passes == roles
