@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,28 @@ from llm_dqn.statistics import bootstrap_interval, distinct_n
 from llm_dqn.strength import ScaledAdvantage
 from llm_dqn.types import Episode, Prompt
 
+T = TypeVar("T")
 Pair = tuple[Episode, Episode]  # (base, tuned) of the same prompt and seed
 Judge = Callable[[list[Episode]], list[Episode | None]]  # fills in rewards; None where every reward abstained
+
+
+class Hands:
+    """Who does the parts of an evaluation: here, this process, one after the other.
+
+    A part is whole (a policy, a seed) and draws from a stream of its own, so what comes out does not depend on who did
+    which.
+    """
+
+    def __init__(self, writer: Writer, judge: Judge) -> None:
+        self.writer, self._judge = writer, judge
+
+    def do(self, jobs: Sequence[Callable[[Writer], T]]) -> list[T]:
+        """What each job returns, in order."""
+        return [job(self.writer) for job in jobs]
+
+    def judge(self, batches: Sequence[list[Episode]]) -> list[list[Episode | None]]:
+        """Each batch with its rewards."""
+        return [self._judge(batch) for batch in batches]
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,12 @@ class Measured:
 
 
 def measure(
-    writer: Writer, prompts: Sequence[Prompt], judge: Judge, seeds: Sequence[int], base: bool = False
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    seeds: Sequence[int],
+    base: bool = False,
+    hands: Hands | None = None,
 ) -> Measured:
     """One sampled completion a prompt and seed, and a greedy one a prompt, by the tuned policy or the untouched base.
 
@@ -46,19 +71,53 @@ def measure(
     `prompts`. With several seeds `reward_by_seed`; where rewards
     abstained `abstained`, sampled completions without any; where the data has references `bleu`, `wer` of the sampled
     and `bleu_greedy`, `wer_greedy` of the greedy completions. None where there is nothing to average.
+    hands: who does it; this process unless given.
     """
-    exploring = 1.0 if base else 0.0  # an epsilon of 1 over the prior is the base model itself
-    written = [e for seed in seeds for e in rollout(writer, prompts, BehaviourPolicy(epsilon=exploring), seed)]
-    greedy = rollout(writer, prompts, BehaviourPolicy(epsilon=exploring, temperature=0.0), seeds[0])
-    judged = judge(written)
+    return _measured(hands or Hands(writer, judge), prompts, seeds, [base])[0]
+
+
+def _measured(hands: Hands, prompts: Sequence[Prompt], seeds: Sequence[int], sides: Sequence[bool]) -> list[Measured]:
+    """`measure` of several policies at once; of `sides` those that are true are the base."""
+    jobs = []
+    for base in sides:
+        policy = BehaviourPolicy(
+            epsilon=1.0 if base else 0.0
+        )  # all exploring, over the prior, is the base model itself
+        jobs += [partial(rollout, prompts=prompts, policy=policy, seed=seed) for seed in seeds]
+        jobs.append(partial(rollout, prompts=prompts, policy=replace(policy, temperature=0.0), seed=seeds[0]))
+    rows = hands.do(jobs)
+    a_side = len(seeds) + 1
+    batches = []
+    for start in range(0, len(rows), a_side):
+        *sampled, greedy = rows[start : start + a_side]
+        batches += [[episode for part in sampled for episode in part], greedy]
+    judged = hands.judge(batches)
+    return [
+        Measured(
+            _figures(hands, prompts, seeds, batches[at : at + 2], judged[at : at + 2], base), batches[at], judged[at]
+        )
+        for at, base in zip(range(0, len(batches), 2), sides, strict=True)
+    ]
+
+
+def _figures(
+    hands: Hands,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    batches: Sequence[list[Episode]],
+    judgements: Sequence[list[Episode | None]],
+    base: bool,
+) -> dict[str, Any]:
+    """The figures of one policy from its (sampled, greedy) completions, without and with rewards."""
+    (written, greedy), (judged, judged_greedy) = batches, judgements
     rewards = _rewards(judged)
     ids = [episode.completion_ids.tolist() for episode in written]
     reward, interval = mean_and_interval(rewards, prompt_numbers(prompts, len(seeds)))
     figures: dict[str, Any] = {
         "reward": reward,
         "reward_ci": interval,
-        "reward_greedy": _mean(_rewards(judge(greedy))),
-        "kl": 0.0 if base else mean_kl(writer, written),
+        "reward_greedy": _mean(_rewards(judged_greedy)),
+        "kl": 0.0 if base else mean_kl(hands.writer, written, hands=hands),
         "perplexity": perplexity([episode.ref_logprobs for episode in written]),
         "length": _mean([len(row) for row in ids]),
         "distinct_1": _mean([distinct_n(part, 1) for part in _by_seed(ids, prompts)]),
@@ -71,7 +130,7 @@ def measure(
         figures["reward_by_seed"] = [_mean(part) for part in _by_seed(rewards, prompts)]
     if None in judged:
         figures["abstained"] = judged.count(None)
-    return Measured({name: _finite(value) for name, value in figures.items()}, written, judged)
+    return {name: _finite(value) for name, value in figures.items()}
 
 
 def base_and_tuned(
@@ -82,13 +141,15 @@ def base_and_tuned(
     split: str = "validation",
     scales: Sequence[float] = (),
     scale_prompts: int | None = None,
+    hands: Hands | None = None,
 ) -> tuple[dict[str, Any], list[Pair]]:
     """The contents of `evaluation.json`, and both policies' completions of the same prompts, (base, tuned).
 
-    scales: strengths at which the tuned policy is measured as well, `scale_prompts` prompts at most.
+    scales: strengths at which the tuned policy is measured as well, `scale_prompts` prompts at most. hands: who does
+    it; this process unless given.
     """
-    base = measure(writer, prompts, judge, seeds, base=True)
-    tuned = measure(writer, prompts, judge, seeds)
+    hands = hands or Hands(writer, judge)
+    base, tuned = _measured(hands, prompts, seeds, [True, False])
     pairs = list(zip(base.judged, tuned.judged, strict=True))
     wins = [None if b is None or t is None else win(b, t) for b, t in pairs]
     share, interval = mean_and_interval(wins, prompt_numbers(prompts, len(seeds)))
@@ -103,7 +164,7 @@ def base_and_tuned(
     if scales:
         few = len(prompts) if scale_prompts is None else min(scale_prompts, len(prompts))
         known = {0.0: _first_prompts(base, len(prompts), few), 1.0: _first_prompts(tuned, len(prompts), few)}
-        report["strength"] = strength_curve(writer, prompts[:few], judge, seeds, scales, known)
+        report["strength"] = strength_curve(writer, prompts[:few], judge, seeds, scales, known, hands)
     notes = [*what_is_missing([prompt.columns for prompt in prompts]), *_abstentions(base, tuned)]
     if notes:
         report["notes"] = notes
@@ -120,25 +181,34 @@ def strength_curve(
     seeds: Sequence[int],
     scales: Sequence[float],
     known: dict[float, Written],
+    hands: Hands | None = None,
 ) -> list[dict[str, Any]]:
     """Reward against distance from the base: `beta_scale`, `reward`, `reward_ci`, `kl`, `prompts` for each strength.
 
     known: completions that are there already, of the base model (0) and the tuned one (1); both are always points.
     kl: of the policy at that strength to the base, at the states it visited, nats a token, exact over the vocabulary.
     """
+    hands = hands or Hands(writer, judge)
     numbers = prompt_numbers(prompts, len(seeds))
+    asked = sorted({*map(float, scales), *known})
+    fresh = [scale for scale in asked if scale not in known]
+    parts = hands.do([partial(_at_strength, prompts=prompts, scale=s, seed=seed) for s in fresh for seed in seeds])
+    written = [
+        [episode for part in parts[start : start + len(seeds)] for episode in part]
+        for start in range(0, len(parts), len(seeds))
+    ]
+    known = known | dict(zip(fresh, zip(written, hands.judge(written), strict=True), strict=True))
     points = []
-    for scale in sorted({*map(float, scales), *known}):
-        if scale in known:
-            written, judged = known[scale]
-        else:
-            extra = partial(ScaledAdvantage, writer.network, scale)
-            written = [e for seed in seeds for e in rollout(writer, prompts, BehaviourPolicy(), seed, extra=extra)]
-            judged = judge(written)
+    for scale in asked:
+        completions, judged = known[scale]
         reward, interval = mean_and_interval(_rewards(judged), numbers)
-        kl = 0.0 if scale == 0 else mean_kl(writer, written, scale)
+        kl = 0.0 if scale == 0 else mean_kl(writer, completions, scale, hands)
         points.append({"beta_scale": scale, "reward": reward, "reward_ci": interval, "kl": kl, "prompts": len(prompts)})
     return points
+
+
+def _at_strength(writer: Writer, prompts: Sequence[Prompt], scale: float, seed: int) -> list[Episode]:
+    return rollout(writer, prompts, BehaviourPolicy(), seed, extra=partial(ScaledAdvantage, writer.network, scale))
 
 
 def side_by_side(pairs: Sequence[Pair], count: int = 4) -> list[dict[str, Any]]:
@@ -199,8 +269,17 @@ def perplexity(logprobs: Sequence[Tensor]) -> float:
     return float(torch.cat(list(logprobs)).double().mean().neg().exp()) if logprobs else float("nan")
 
 
-def mean_kl(writer: Writer, episodes: Sequence[Episode], scale: float = 1.0) -> float:
+def mean_kl(writer: Writer, episodes: Sequence[Episode], scale: float = 1.0, hands: Hands | None = None) -> float:
     """Mean over tokens of KL(pi || pi_ref) at the states visited, nats; pi at the strength `scale`."""
+    size = writer.batch_size
+    parts = [episodes[start : start + size] for start in range(0, len(episodes), size)]
+    jobs = [partial(_summed_kl, episodes=part, scale=scale) for part in parts]
+    sums = [job(writer) for job in jobs] if hands is None else hands.do(jobs)
+    return sum(total for total, _ in sums) / max(sum(count for _, count in sums), 1)
+
+
+def _summed_kl(writer: Writer, episodes: Sequence[Episode], scale: float) -> tuple[float, int]:
+    """(sum of the KL over tokens, tokens)."""
     total, count = 0.0, 0
     for start in range(0, len(episodes), writer.batch_size):
         part = episodes[start : start + writer.batch_size]
@@ -208,7 +287,7 @@ def mean_kl(writer: Writer, episodes: Sequence[Episode], scale: float = 1.0) -> 
         tokens = tokens.to(writer.network.device)
         total += float(writer.network.kl(tokens, scale).sum())
         count += int(tokens.action_mask.sum())
-    return total / max(count, 1)
+    return total, count
 
 
 def _first_prompts(measured: Measured, prompts: int, few: int) -> Written:

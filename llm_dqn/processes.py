@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -99,6 +99,12 @@ class Processes:
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(everyone, value)
         return everyone
+
+    def share(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """What each job returns, in order, on all processes; each job runs on one of them, as `agree` runs it."""
+        mine = self.agree(lambda: [job() for job in jobs[self.rank :: self.world]])
+        everyone = self.gather(mine)
+        return [everyone[number % self.world][number // self.world] for number in range(len(jobs))]
 
     # --- watching ---------------------------------------------------------------------------------------------------
 

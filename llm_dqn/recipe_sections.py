@@ -148,6 +148,10 @@ class RewardSection(Section):
     timeout: Annotated[Float, Field(gt=0)] | None = Field(
         default=None, description="Seconds a call of a reward function may take; null = no limit."
     )
+    called_by: Literal["all", "main"] = Field(
+        default="all",
+        description="Which processes call the rewards: each for its share, or the main one for all (rate limits).",
+    )
 
 
 class DQNSection(Section):

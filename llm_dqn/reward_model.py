@@ -1,5 +1,6 @@
 """A sequence-classification model as a reward function."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class RewardModel:
         trust_remote_code: bool = False,
     ) -> None:
         self.name = Path(path).name + (f"#{label}" if label else "")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(device) if device else _own_device()
         self.batch_size = batch_size
         check_model_folder(path)
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -108,6 +109,13 @@ class RewardModel:
         if several:
             return logits[:, self._label].sigmoid()
         return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, self._label]
+
+
+def _own_device() -> torch.device:
+    """The GPU of this process among those of its machine, which launchers tell by LOCAL_RANK; the CPU without any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _label_index(path: str, label: str | None, config: Any) -> int:

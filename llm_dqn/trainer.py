@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_dqn import checkpoint, evaluation, recipe_changes
+from llm_dqn import checkpoint, recipe_changes
 from llm_dqn.assembly import Inputs, assemble, recipe_text, stream_seed, trackers, with_learning_rate
 from llm_dqn.errors import RunError, StepFailed, UserError
+from llm_dqn.examiner import Examiner
 from llm_dqn.hub import push
 from llm_dqn.inputs import inputs_from_python, inputs_of
+from llm_dqn.judging import Judges
 from llm_dqn.learner import Learner
 from llm_dqn.logbook import Logbook
 from llm_dqn.memory import learning_batch, writing_batch
@@ -116,6 +118,9 @@ class DQNTrainer:
         self.q_alarm = QAlarm(args.beta, say)
         self.writing = writing_batch(parts.writer.batch_size, say)
         self.learning = learning_batch(args.per_device_train_batch_size, say, alone)
+        self.judges = Judges(parts.rewards, self.processes, on_main=args.called_by == "main")
+        seed = stream_seed(args.seed, EVALUATE, 0)  # the same on every process
+        self.examiner = Examiner(parts.writer, self.processes, self.judges, self.written, seed)
 
     # --- the algorithm ----------------------------------------------------------------------------------------------
 
@@ -171,7 +176,7 @@ class DQNTrainer:
                 break
             started, before = time.perf_counter(), self.parts.stream.state_dict()
             try:
-                written, episodes = self.processes.agree(self.write_and_score)
+                written, episodes = self.write_and_score()
             except StepFailed:
                 self.parts.stream.load_state_dict(before)  # the same prompts come again
                 raise
@@ -190,7 +195,7 @@ class DQNTrainer:
 
     def write_and_score(self) -> tuple[int, list[Episode]]:
         """(how many completions were written, those that got a reward), on this process."""
-        episodes = self.rollout()
+        episodes = self.processes.agree(self.rollout)
         return len(episodes), self.score(episodes)
 
     def rollout(self) -> list[Episode]:
@@ -204,7 +209,7 @@ class DQNTrainer:
 
     def score(self, episodes: list[Episode]) -> list[Episode]:
         """What the rewards say; completions on which all of them abstained are left out."""
-        return evaluation.judged(self.parts.rewards, episodes)
+        return [episode for episode in self.judges.own(episodes) if episode is not None]
 
     def sample(self) -> PrefixBatch:
         """Remembered episodes with all their prefixes."""
@@ -301,9 +306,7 @@ class DQNTrainer:
         self.logbook.progressed(self.step)
         if args.eval_steps and self.step % args.eval_steps == 0:
             verify_generator(self.parts.writer, self.parts.eval_prompts)
-            prompts = self.parts.eval_prompts[: args.eval_prompts]
-            measure = partial(evaluation.measure, prompts=prompts, judge=self._judge, seeds=[self.seed_for(EVALUATE)])
-            measured = self.processes.agree(lambda: self.written(measure, len(prompts)))
+            measured = self.examiner.look(self.parts.eval_prompts[: args.eval_prompts])
             for name in ("reward", "reward_greedy"):
                 if measured.figures[name] is not None:
                     self.logbook.add(f"eval/{name}", measured.figures[name])
@@ -321,20 +324,9 @@ class DQNTrainer:
         """Base against tuned on the held-out prompts; written to `evaluation.json` and shown."""
         prompts = self.parts.eval_prompts[: self.args.final_eval_prompts]
         self.logbook.say(f"measuring base and tuned model on {len(prompts)} held-out prompts ...")
-        measure = partial(
-            evaluation.base_and_tuned,
-            prompts=prompts,
-            judge=self._judge,
-            seeds=[self.seed_for(EVALUATE)],
-            scales=self.args.final_beta_scales,
-            scale_prompts=CURVE_PROMPTS,
-        )
-        report, pairs = self.processes.agree(lambda: self.written(measure, len(prompts)))
+        report, pairs = self.examiner.compare(prompts, self.args.final_beta_scales, CURVE_PROMPTS)
         self.logbook.finished(report, pairs, self.parts.writer)
         return report
-
-    def _judge(self, episodes: list[Episode]) -> list[Episode | None]:
-        return evaluation.judged_in_place(self.parts.rewards, episodes)
 
     def save_model(self, output_dir: str | None = None) -> Path:
         """Writes `adapter/`, which opens in plain PEFT (`model/` when all weights were tuned); returns the folder."""

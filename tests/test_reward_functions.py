@@ -185,3 +185,14 @@ def test_judging_leaves_no_gradient_and_no_randomness(tmp_path: Path) -> None:
     assert not judge.model.training
     assert not any(parameter.requires_grad for parameter in judge.model.parameters())
     assert judge(["the film"], ["x"]) == judge(["the film"], ["x"])
+
+
+def test_every_process_has_its_reward_model_on_its_own_gpu(monkeypatch):
+    """Before Accelerate has chosen a device, "cuda" would be the first GPU for all of them."""
+    from llm_dqn.reward_model import _own_device
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert _own_device() == torch.device("cuda:3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _own_device() == torch.device("cpu")

@@ -15,7 +15,7 @@ from llm_dqn import checkpoint
 from llm_dqn.lock import NAME, RunLock
 from llm_dqn.resume import dealt
 from tests.faults.runs import SLOW, WEIGHTS, equal_checkpoints, logged, start, wait_for
-from tests.faults.two_processes import FEW
+from tests.faults.two_processes import EXAMINED, FEW
 from tests.test_trainer import trainer
 
 
@@ -160,3 +160,24 @@ def test_case_36_a_nan_on_one_process_leaves_the_step_out_on_both(two):
     first, second = (note["nan_on_one"] for note in notes)
     assert first["skipped"] == second["skipped"] == 1
     assert first["weights"] == second["weights"] and np.isfinite(first["weights"]).all()
+
+
+# --- sharing the work -------------------------------------------------------------------------------------------------
+
+
+def test_one_process_asks_the_rewards_for_both(two):
+    """`reward.called_by: main`: each keeps the rewards of what it wrote itself, and nothing is asked twice."""
+    _, (first, second) = two
+    first, second = first["asked_by_main"], second["asked_by_main"]
+    assert first["calls"][0] == 8 and second["calls"] == []  # prompts_per_collect, over both
+    assert first["settings"] == second["settings"] and first["settings"][0] == 8
+    assert (first["rewards"], second["rewards"]) == ([1, 2, 3], [4, 5, 6, 7])  # it abstained on the first of all
+
+
+def test_two_processes_measure_what_one_measures(two, tiny_llama_path, tmp_path):
+    """The same figures, each process having written half of the completions."""
+    _, notes = two
+    one = trainer(tiny_llama_path, tmp_path / "one", **EXAMINED).train()
+    first, second = (note["examined"] for note in notes)
+    assert first["report"] == second["report"] == json.loads(json.dumps(one))
+    assert first["parts"] == second["parts"] > 0

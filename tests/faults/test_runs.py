@@ -137,7 +137,7 @@ def handlers() -> Iterator[None]:
     [
         (signal.SIGINT, 130, "rollout"),
         (signal.SIGTERM, 143, "score"),
-        (signal.SIGINT, 130, "_judge"),
+        (signal.SIGINT, 130, "examiner.judge"),
         (signal.SIGTERM, 143, "save_checkpoint"),
     ],
 )
@@ -147,14 +147,16 @@ def test_case_03_wherever_the_signal_comes_the_run_is_saved_whole(
 ):
     """During rollout, reward, evaluation and a checkpoint written beside the training; resuming goes on exactly."""
     run = trainer(tiny_llama_path, tmp_path / "run", **SHORT)
-    asked, original = [], getattr(run, where)
+    *inside, name = where.split(".")
+    holder = getattr(run, inside[0]) if inside else run
+    asked, original = [], getattr(holder, name)
 
     def signalled(*arguments: Any, **named: Any) -> Any:
         if run.step >= 2 and not asked:
             asked.append(os.kill(os.getpid(), number))
         return original(*arguments, **named)
 
-    setattr(run, where, signalled)
+    setattr(holder, name, signalled)
     with pytest.raises(SystemExit) as left:
         run.train()
     assert left.value.code == code

@@ -15,10 +15,16 @@ from tests.test_trainer import letters, trainer
 FEW = {"learning_starts": 4, "per_device_train_batch_size": 4, "eval_steps": 0, "final_eval_prompts": 2}
 
 
+# With a rate of 0 the weights are those of any other such run, however many processes it has.
+EXAMINED = FEW | {"learning_rate": 0.0, "value_learning_rate": 0.0, "final_eval_prompts": 4}
+EXAMINED |= {"final_beta_scales": [0.5, 2.0], "eval_steps": 1, "max_steps": 1}
+
+
 def main(path: str, home: str) -> None:
     torch.set_num_threads(1)
     notes: dict[str, Any] = {}
-    for scene in (whole_and_cut, nan_on_one, reward_fails_on_one, folder_in_use, more_processes, code_fails_on_one):
+    scenes = (whole_and_cut, nan_on_one, reward_fails_on_one, folder_in_use, more_processes, asked_by_main, examined)
+    for scene in (*scenes, code_fails_on_one):
         started = time.monotonic()
         notes[scene.__name__] = scene(path, Path(home))
         notes[scene.__name__]["seconds"] = time.monotonic() - started
@@ -99,6 +105,30 @@ def more_processes(path: str, home: Path) -> dict[str, Any]:
     run = trainer(path, home / "alone", **FEW, max_steps=3)
     run.begin(resume=True)
     return {"step": run.step, "rewards": run.replay.rewards.tolist()}
+
+
+def asked_by_main(path: str, home: Path) -> dict[str, Any]:
+    """The reward is called on process 0 alone, once a collection, for what both wrote."""
+    calls: list[int] = []
+
+    def reward(prompts: Any, completions: Any, wanted: Any, **columns: Any) -> list[float | None]:
+        calls.append(len(completions))
+        return [None, *(float(row) for row in range(1, len(completions)))]  # the first of all, which process 0 wrote
+
+    run = trainer(path, home / "main", reward, **(FEW | {"learning_starts": 3}), max_steps=2, called_by="main")
+    run.train()
+    stored, settings = len(run.replay), [run.scored_completions, run.epsilon, run.budget_left, run.step]
+    rewards = run.replay.rewards.tolist()
+    return {"calls": calls, "stored": stored, "settings": settings, "rewards": rewards}
+
+
+def examined(path: str, home: Path) -> dict[str, Any]:
+    """A policy that learned nothing measured by both, each doing a part."""
+    written: list[int] = []
+    run = trainer(path, home / "examined", **(EXAMINED | {"max_steps": 1}))
+    write = run.examiner.written
+    run.examiner.written = lambda work, rows: (written.append(rows), write(work, rows))[1]  # type: ignore[func-returns-value]
+    return {"report": run.train(), "parts": len(written)}
 
 
 def code_fails_on_one(path: str, home: Path) -> dict[str, Any]:
