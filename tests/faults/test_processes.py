@@ -175,9 +175,9 @@ def test_one_process_asks_the_rewards_for_both(two):
 
 
 def test_two_processes_measure_what_one_measures(two, tiny_llama_path, tmp_path):
-    """The same figures, each process having written half of the completions."""
+    """The same figures, each process having done its part."""
     _, notes = two
     one = trainer(tiny_llama_path, tmp_path / "one", **EXAMINED).train()
     first, second = (note["examined"] for note in notes)
     assert first["report"] == second["report"] == json.loads(json.dumps(one))
-    assert first["parts"] == second["parts"] > 0
+    assert min(first["parts"], second["parts"]) >= 4  # sampled, greedy, and at least one strength each
