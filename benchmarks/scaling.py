@@ -1,0 +1,86 @@
+"""What an update costs as completions, batches and vocabularies grow, with the exponent of each.
+
+    python -m benchmarks.scaling             # one layer of Qwen2.5-0.5B, head lm
+
+Writes `benchmarks/results/scaling.json` and the table in `benchmarks/README.md`. CPU seconds on one thread, the least
+of three repeats: what other work on the machine adds is no part of the law.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.tables import write_table
+from benchmarks.textbook import machine
+from benchmarks.update import batch, ours
+
+RESULTS = Path(__file__).parent / "results" / "scaling.json"
+TOKENS, EPISODES, PROMPT, COMPLETION = 8_000, 4, 16, 64
+GROWING: dict[str, list[int]] = {
+    "completion tokens": [32, 64, 128, 256, 512],
+    "episodes": [2, 4, 8, 16, 32],
+    "vocabulary": [4_000, 16_000, 64_000],
+}
+
+
+def seconds(tokens: int, episodes: int, completion: int) -> float:
+    """The least CPU seconds of three updates."""
+    step = ours(tokens, 1, {})
+    given = batch(tokens, episodes, PROMPT, completion)
+    step(batch(tokens, 1, 2, 2))
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        step(given)
+        taken.append(time.process_time() - started)
+    return min(taken)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    measured = {
+        "completion tokens": {n: seconds(TOKENS, EPISODES, n) for n in GROWING["completion tokens"]},
+        "episodes": {n: seconds(TOKENS, n, COMPLETION) for n in GROWING["episodes"]},
+        "vocabulary": {n: seconds(n, EPISODES, COMPLETION) for n in GROWING["vocabulary"]},
+    }
+    exponents = {
+        name: float(np.polyfit(np.log(list(taken)), np.log(list(taken.values())), 1)[0])
+        for name, taken in measured.items()
+    }
+    results = {
+        "exponents": exponents,
+        "command": "python -m benchmarks.scaling",
+        "machine": machine(),
+        "otherwise": {"vocabulary": TOKENS, "episodes": EPISODES, "prompt": PROMPT, "completion tokens": COMPLETION},
+        "seconds": measured,
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_table("scaling", table(results))
+    print(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    facts, rest = results["machine"], results["otherwise"]
+    lines = [
+        f"`{results['command']}`: one layer, head lm, {rest['episodes']} episodes of {rest['prompt']} prompt and "
+        f"{rest['completion tokens']} completion tokens and a vocabulary of {rest['vocabulary']:,} unless it is what "
+        f"grows; {facts['threads']} thread, torch {facts['torch']}.",
+        "",
+        "| what grows | CPU seconds | exponent |",
+        "|---|---|---|",
+    ]
+    for name, taken in results["seconds"].items():
+        cells = ", ".join(f"{int(size):,}: {took:.2f}" for size, took in taken.items())
+        lines.append(f"| {name} | {cells} | {results['exponents'][name]:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""One optimizer update of ours against a cross-entropy step of the same model on the same tokens, in time and memory.
+
+    python -m benchmarks.update --quick      # two layers, three repeats
+    python -m benchmarks.update              # two layers, seven repeats
+
+Shapes of Qwen2.5-0.5B with random weights, float32, one thread, the same LoRA and optimizer in every variant. Times are
+CPU seconds of one process that goes round the variants, medians of its rounds. Memory is the peak of a fresh process
+above what it holds before the step, its weights and moments included. Writes `benchmarks/results/update.json` and the
+table in `benchmarks/README.md`.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.tables import write_table
+from benchmarks.textbook import machine
+from benchmarks.update_peers import PEERS
+from llm_dqn import assembly
+from llm_dqn.adapters import lora_config
+from llm_dqn.learner import Learner
+from llm_dqn.network import QNetwork
+from llm_dqn.recipe import DQNConfig
+from llm_dqn.replay import PrefixReplay
+from llm_dqn.types import Episode, PrefixBatch, TDTarget
+
+RESULTS = Path(__file__).parent / "results" / "update.json"
+VOCABULARIES = (32_000, 151_936)
+BATCH, PROMPT, COMPLETION = 4, 128, 128
+OURS: dict[str, dict[str, Any]] = {
+    "lm": {},
+    "linear": {"q_head": "linear"},
+    "linear, TD error alone": {"q_head": "linear", "advantage_weight": 0.0},
+}
+BASELINE = "cross entropy"
+LARGE = {"ILQL"}  # needs 15 GB at 151,936 tokens
+Step = Callable[[PrefixBatch], None]
+
+
+def model(tokens: int, layers: int) -> Qwen2ForCausalLM:
+    """Qwen2.5-0.5B's shapes with fewer layers, another vocabulary and random weights."""
+    torch.manual_seed(0)
+    shapes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=tokens, num_hidden_layers=layers, tie_word_embeddings=True, **shapes)
+    return Qwen2ForCausalLM(config)
+
+
+def batch(tokens: int, episodes: int, prompt: int, completion: int) -> PrefixBatch:
+    """Random episodes of equal length, every other one a success."""
+    rng = np.random.default_rng(0)
+    replay = PrefixReplay(episodes)
+    for number in range(episodes):
+        ids = torch.from_numpy(rng.integers(0, tokens, prompt + completion))
+        logprobs = torch.full((completion,), -float(np.log(tokens)))
+        written = Episode("", "", ids[:prompt], ids[prompt:], logprobs, logprobs, "eos", reward=float(number % 2))
+        replay.add([written])
+    return replay.batch(np.arange(episodes))
+
+
+def ours(tokens: int, layers: int, settings: dict[str, Any]) -> Step:
+    """An update as training makes it: targets by the target network, the loss with all its terms, clipping, AdamW."""
+    args = DQNConfig(output_dir="unused", learning_rate=1e-4, **settings)
+    lora = lora_config(16, 32, 0.0, "all-linear")
+    network = QNetwork(
+        model(tokens, layers),
+        tokens,
+        q_head=args.q_head,
+        beta=args.beta,
+        lora=lora,
+        target=args.target,
+        backup=assembly.backup_rule(args),
+    )
+    network.start_values_at(0.5)
+    optimizer = assembly.optimizer_for(network, args)
+    returns, trainable = assembly.returns_rule(args), [p for p in network.parameters() if p.requires_grad]
+    learner = Learner.__new__(Learner)  # its loss needs these alone
+    learner.parts = argparse.Namespace(model=network, network=network, td_loss=assembly.loss_rule(args))  # type: ignore[assignment]
+    learner.advantage_weight, learner.expectile, learner.cql_weight = args.advantage_weight, None, 0.0
+
+    def step(batch: PrefixBatch) -> None:
+        q = network.target(batch)
+        aim = returns(batch, q)
+        target = TDTarget(aim, (aim - q.values) * batch.action_mask, q.taken)
+        weight = target.advantages.clamp(min=0).sum()
+        loss, _ = learner.loss(batch, target, batch.action_mask.sum(), weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def variant(name: str, tokens: int, layers: int) -> Step:
+    """The step of a variant, its model built."""
+    if name in OURS:
+        return ours(tokens, layers, OURS[name])
+    return PEERS[name](model(tokens, layers), lora_config(16, 32, 0.0, "all-linear"))
+
+
+def names(tokens: int) -> list[str]:
+    """The variants that are measured at a vocabulary."""
+    return [name for name in (*OURS, *PEERS) if tokens < 100_000 or name not in LARGE]
+
+
+def times(tokens: int, layers: int, repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of every variant, round after round."""
+    steps = {name: variant(name, tokens, layers) for name in names(tokens)}
+    given, small = batch(tokens, BATCH, PROMPT, COMPLETION), batch(tokens, 2, 2, 2)
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step(small)
+    for _ in range(repeats):
+        for name, step in steps.items():
+            started = time.process_time()
+            step(given)
+            taken[name].append(time.process_time() - started)
+    return taken
+
+
+def resident(line: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at most."""
+    found = re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def peak_above(name: str, tokens: int, layers: int) -> int:
+    """Bytes that a step takes at most above the model with its moments; in a process of its own."""
+    step = variant(name, tokens, layers)
+    step(batch(tokens, 2, 2, 2))
+    given = batch(tokens, BATCH, PROMPT, COMPLETION)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    step(given)
+    return resident("VmHWM") - before
+
+
+def memory(name: str, tokens: int, layers: int) -> int:
+    """`peak_above` of a fresh process, in which freed memory goes back at once."""
+    command = [sys.executable, "-m", "benchmarks.update", "--peak-of", name, str(tokens), "--layers", str(layers)]
+    surroundings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    done = subprocess.run(command, env=surroundings, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument(
+        "--vocabularies", type=int, nargs="*", default=VOCABULARIES, help="the others keep their figures"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that measure memory at a time")
+    parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak_of:
+        print(peak_above(options.peak_of[0], int(options.peak_of[1]), options.layers))
+        return
+    measured = json.loads(RESULTS.read_text())["vocabularies"] if RESULTS.exists() else {}
+    for tokens in options.vocabularies:
+        with ThreadPoolExecutor(options.jobs) as pool:  # a peak does not depend on what else runs
+            chosen = names(tokens)
+            peaks = dict(
+                zip(chosen, pool.map(lambda name, t=tokens: memory(name, t, options.layers), chosen), strict=True)
+            )
+        print(tokens, peaks, flush=True)
+        taken = times(tokens, options.layers, 3 if options.quick else 7)
+        measured[str(tokens)] = {"all_seconds": taken, "peak_bytes": peaks}
+    results = summary(measured, "python -m benchmarks.update" + (" --quick" if options.quick else ""), options.layers)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    write_table("update", table(results))
+    print(table(results))
+
+
+def summary(measured: dict[str, Any], command: str, layers: int) -> dict[str, Any]:
+    """What `update.json` has: the ratios first, then all that was measured."""
+    for one in measured.values():
+        one["seconds"] = {name: statistics.median(values) for name, values in one["all_seconds"].items()}
+    largest = measured[str(max(VOCABULARIES))]
+    ratios = {
+        f"{ratio}_ratio": {head: largest[key][head] / largest[key][BASELINE] for head in ("lm", "linear")}
+        for ratio, key in (("time", "seconds"), ("memory", "peak_bytes"))
+    }
+    return {
+        **ratios,
+        "command": command,
+        "machine": machine(),
+        "layers": layers,
+        "episodes": BATCH,
+        "prompt_tokens": PROMPT,
+        "completion_tokens": COMPLETION,
+        "vocabularies": dict(sorted(measured.items(), key=lambda item: int(item[0]))),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    facts = results["machine"]
+    lines = [
+        f"`{results['command']}`: {results['layers']} layers, {results['episodes']} episodes of "
+        f"{results['prompt_tokens']} prompt and {results['completion_tokens']} completion tokens, float32, "
+        f"{facts['threads']} thread, torch {facts['torch']}; CPU seconds, GB above "
+        "the model, and both over the cross-entropy step.",
+        "",
+        "| | " + " | ".join(f"V = {int(tokens):,}: time | memory" for tokens in results["vocabularies"]) + " |",
+        "|---" * (1 + 2 * len(results["vocabularies"])) + "|",
+    ]
+    for name in (*OURS, *PEERS):
+        cells = []
+        for one in results["vocabularies"].values():
+            if name not in one["seconds"]:
+                cells += ["not run", "not run"]
+                continue
+            seconds, peak = one["seconds"][name], one["peak_bytes"][name]
+            over = seconds / one["seconds"][BASELINE], peak / one["peak_bytes"][BASELINE]
+            cells += [f"{seconds:.2f} s, {over[0]:.2f}", f"{peak / 1e9:.2f} GB, {over[1]:.2f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
