@@ -4,6 +4,7 @@
     python -m benchmarks.learning run --regime online       # everything: hours
     python -m benchmarks.learning table --regime online     # tables and charts from what is there
     python -m benchmarks.learning ablate --tasks sums       # each choice in the design against the default
+    python -m benchmarks.learning try --tasks sums --methods ours --tuning 1024 --settings '{"beta": 0.1}'
     python -m benchmarks.learning bases                     # the base models alone
 
 Tables go into `benchmarks/README.md`, charts into `benchmarks/results/`, cells into `benchmarks/results/learning.jsonl`
@@ -11,6 +12,7 @@ Tables go into `benchmarks/README.md`, charts into `benchmarks/results/`, cells 
 """
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +30,17 @@ FULL = {
     "online": Plan("online", tuple(TASKS), tuple(REGIMES["online"]), 5, 12, tuning=2048, budget=4096, reference=16384),
     "logged": Plan("logged", tuple(TASKS), tuple(REGIMES["logged"]), 5, 12, tuning=400, budget=1600, reference=1600),
 }
-QUICK = Plan("online", ("sums", "paths"), ("ours", "grpo", "filtered"), 2, 3, tuning=512, budget=1024, reference=1024)
+QUICK = Plan("online", ("sums", "paths"), ("ours", "grpo", "filtered"), 2, 3, tuning=256, budget=512, reference=512)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "bases"])
+    parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "try", "bases"])
     parser.add_argument("--regime", choices=list(FULL), default="online")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=sorted({name for some in REGIMES.values() for name in some}))
     parser.add_argument("--variants", nargs="+", choices=list(ablation.VARIANTS), help="of ablate")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of try: a configuration, as JSON")
     for name in ("seeds", "configurations", "tuning", "budget", "reference"):
         parser.add_argument(f"--{name}", type=int, help="instead of the full plan's")
     parser.add_argument("--fresh", action="store_true", help="forget what the quick version has measured")
@@ -62,6 +65,11 @@ def main() -> None:
         text = ablation.table(*where, plan.seeds, plan.tuning, shown.split(" --variants")[0])
         write_table("learning-ablation", text)
         print(text)
+        return
+    if options.command == "try":
+        for result in protocol.attempt(plan, store, options.settings):
+            for point in result["points"]:
+                print(result["task"], result["method"], result["seed"], point)
         return
     if options.command == "tune":
         for task in plan.tasks:

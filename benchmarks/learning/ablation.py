@@ -1,4 +1,4 @@
-"""Each choice in the design against the default, on tuning prompts: what to change, what to leave, what does nothing."""
+"""Each choice in the design against the default, on tuning prompts: what to change and what to leave."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,22 @@ from benchmarks.learning.methods import TEXTBOOK
 from benchmarks.learning.protocol import score
 
 FAST = {"updates_per_collect": 32, "target_sync_steps": 64}
+IMITATE = {"learning_rate": 1e-4, "advantage_weight": 10.0}
+OWN = {"epsilon": {"start": 0.05, "end": 0.05, "steps": 0}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "learning rate / 2": {"learning_rate": 1e-5},
     "learning rate x 2": {"learning_rate": 4e-5},
+    "learning rate x 5": {"learning_rate": 1e-4},
+    "learning rate x 5, replay of 256": {"learning_rate": 1e-4, "capacity": 256},
+    "learning rate x 5, advantage weight 10": IMITATE,
+    "the same, replay of 256": {**IMITATE, "capacity": 256},
+    "the same, own completions from the start": {**IMITATE, **OWN},
+    "the same, twice the updates": {**IMITATE, **FAST},
+    "the same, success share 1": {**IMITATE, "success_share": 1.0},
+    "the same, beta 0.3": {**IMITATE, "beta": 0.3},
+    "learning rate x 5, advantage weight 100": {**IMITATE, "advantage_weight": 100.0},
+    "learning rate x 15, advantage weight 10": {**IMITATE, "learning_rate": 3e-4},
     "half the learning rate, twice the updates": {"learning_rate": 1e-5, **FAST},
     "twice the updates": FAST,
     "batch 32": {"per_device_train_batch_size": 32},
@@ -33,8 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "success share 0.4": {"success_share": 0.4},
     "success share 0.9": {"success_share": 0.9},
     "prioritised replay": {"success_share": 0.0, "prioritized": True},
-    "replay of 512": {"capacity": 512},
-    "own completions from the start": {"epsilon": {"start": 0.05, "end": 0.05, "steps": 0}},
+    "replay of 256": {"capacity": 256},
+    "own completions from the start": OWN,
     "4 completions a prompt": {"num_generations": 4, "prompts_per_collect": 16},
     "target lags the head only": {"target": "head"},
     "hard max over the prior's top 8": {"backup": "max", "support_top_k": 8},

@@ -66,12 +66,12 @@ ONLINE = {
         "llm_dqn, tuned",
         "dqn",
         _grid(
-            learning_rate=[1e-5, 2e-5, 5e-5],
+            learning_rate=[2e-5, 5e-5, 1e-4],
             reuse=[
-                {"updates_per_collect": 8, "target_sync_steps": 16},
-                {"updates_per_collect": 24, "target_sync_steps": 48},
+                {"updates_per_collect": 16, "target_sync_steps": 32},
+                {"updates_per_collect": 32, "target_sync_steps": 64},
             ],
-            beta=[0.03, 0.1],
+            advantage_weight=[1.0, 10.0],
         ),
     ),
     "grpo": Method(
@@ -97,7 +97,7 @@ ONLINE = {
         "sft",
         _grid(
             {"completions": 64, "remember": 1, "batch": 16},
-            learning_rate=[1e-5, 3e-5, 1e-4],
+            learning_rate=[3e-5, 1e-4, 3e-4],
             of_each=[4, 8],
             updates=[4, 16],
         ),
@@ -107,7 +107,7 @@ ONLINE = {
         "sft",
         _grid(
             {"completions": 64, "of_each": 1, "batch": 16},
-            learning_rate=[1e-5, 3e-5, 1e-4],
+            learning_rate=[3e-5, 1e-4, 3e-4],
             updates=[4, 16],
             remember=[4, 64],
         ),
@@ -129,7 +129,7 @@ LOGGED = {
     "ours_tuned": Method(
         "llm_dqn, tuned",
         "dqn",
-        _grid(learning_rate=[5e-6, 1e-5, 2e-5], success_share=[0.7, 1.0], beta=[0.03, 0.3]),
+        _grid(learning_rate=[2e-5, 5e-5, 1e-4], advantage_weight=[1.0, 10.0], success_share=[0.7, 1.0]),
     ),
     "filtered": Method(
         "filtered SFT",

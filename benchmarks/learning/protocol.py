@@ -63,6 +63,16 @@ def tuning_cells(plan: Plan, task: str, method: str) -> list[Cell]:
     return [Cell(task, plan.regime, method, dict(settings), 0, "tuning", marks) for settings in chosen]
 
 
+def attempt(plan: Plan, store: Store, settings: Settings) -> list[Result]:
+    """One configuration, of a grid or not, on the tuning prompts."""
+    marks = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
+    if plan.regime == "logged":
+        marks = doubling(25, plan.tuning)
+    places = [(task, method, seed) for task in plan.tasks for method in plan.methods for seed in range(plan.seeds)]
+    cells = [Cell(task, plan.regime, method, dict(settings), seed, "tuning", marks) for task, method, seed in places]
+    return run_missing(store, cells)
+
+
 def best(results: Sequence[Result]) -> Settings:
     """The settings with the highest score, the mean over the three marks of the tuning run: early and late count."""
     return max(results, key=lambda result: sum(map(score, result["points"])))["settings"]
