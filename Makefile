@@ -41,7 +41,13 @@ format: $(STAMP)  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## the fast benchmarks: every textbook switch against the default
+bench: $(STAMP)  ## the fast benchmarks: updates, rollouts, replay, where time goes, and every textbook switch
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+	$(RUN) $(BIN)/python -m benchmarks.update --quick
+	$(RUN) $(BIN)/python -m benchmarks.scaling
+	$(RUN) $(BIN)/python -m benchmarks.rollout --quick
+	$(RUN) $(BIN)/python -m benchmarks.replay --quick
+	$(RUN) $(BIN)/python -m benchmarks.profile
 	$(RUN) $(BIN)/python -m benchmarks.textbook --quick
 
 bench-learning: $(STAMP)  ## the short learning benchmark: what a reward call teaches, beside TRL's GRPO and plain SFT

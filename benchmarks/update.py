@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +116,9 @@ def names(tokens: int) -> list[str]:
     return [name for name in (*OURS, *PEERS) if tokens < 100_000 or name not in LARGE]
 
 
-def times(tokens: int, layers: int, repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of every variant, round after round."""
-    steps = {name: variant(name, tokens, layers) for name in names(tokens)}
+def times(chosen: list[str], tokens: int, layers: int, repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of these variants, round after round."""
+    steps = {name: variant(name, tokens, layers) for name in chosen}
     given, small = batch(tokens, BATCH, PROMPT, COMPLETION), batch(tokens, 2, 2, 2)
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
@@ -163,26 +162,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument(
-        "--vocabularies", type=int, nargs="*", default=VOCABULARIES, help="the others keep their figures"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="processes that measure memory at a time")
+    parser.add_argument("--vocabularies", type=int, nargs="*", default=VOCABULARIES)
+    parser.add_argument("--variants", nargs="*", help="beside the cross-entropy step")
+    parser.add_argument("--add", action="store_true", help="to the figures that are there")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak_of:
         print(peak_above(options.peak_of[0], int(options.peak_of[1]), options.layers))
         return
-    measured = json.loads(RESULTS.read_text())["vocabularies"] if RESULTS.exists() else {}
+    measured = json.loads(RESULTS.read_text())["vocabularies"] if options.add else {}
     for tokens in options.vocabularies:
-        with ThreadPoolExecutor(options.jobs) as pool:  # a peak does not depend on what else runs
-            chosen = names(tokens)
-            peaks = dict(
-                zip(chosen, pool.map(lambda name, t=tokens: memory(name, t, options.layers), chosen), strict=True)
-            )
-        print(tokens, peaks, flush=True)
-        taken = times(tokens, options.layers, 3 if options.quick else 7)
-        measured[str(tokens)] = {"all_seconds": taken, "peak_bytes": peaks}
+        one = measured.setdefault(str(tokens), {"runs": [], "peak_bytes": {}})
+        chosen = [name for name in names(tokens) if name in (BASELINE, *(options.variants or names(tokens)))]
+        for name in chosen:
+            one["peak_bytes"][name] = memory(name, tokens, options.layers)
+        one["runs"].append(times(chosen, tokens, options.layers, 3 if options.quick else 7))
+        print(tokens, one, flush=True)
     results = summary(measured, "python -m benchmarks.update" + (" --quick" if options.quick else ""), options.layers)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_table("update", table(results))
@@ -192,11 +188,18 @@ def main() -> None:
 def summary(measured: dict[str, Any], command: str, layers: int) -> dict[str, Any]:
     """What `update.json` has: the ratios first, then all that was measured."""
     for one in measured.values():
-        one["seconds"] = {name: statistics.median(values) for name, values in one["all_seconds"].items()}
+        found = {name for run in one["runs"] for name in run}
+        one["seconds"] = {
+            name: statistics.median(value for run in one["runs"] for value in run.get(name, ())) for name in found
+        }
+        # Within a round, as the machine's speed drifts.
+        one["time_ratios"] = {name: statistics.median(_ratios(one["runs"], name)) for name in found}
+        baseline = one["peak_bytes"][BASELINE]
+        one["memory_ratios"] = {name: peak / baseline for name, peak in one["peak_bytes"].items()}
     largest = measured[str(max(VOCABULARIES))]
     ratios = {
-        f"{ratio}_ratio": {head: largest[key][head] / largest[key][BASELINE] for head in ("lm", "linear")}
-        for ratio, key in (("time", "seconds"), ("memory", "peak_bytes"))
+        f"{kind}_ratio": {head: largest[f"{kind}_ratios"][head] for head in ("lm", "linear")}
+        for kind in ("time", "memory")
     }
     return {
         **ratios,
@@ -208,6 +211,12 @@ def summary(measured: dict[str, Any], command: str, layers: int) -> dict[str, An
         "completion_tokens": COMPLETION,
         "vocabularies": dict(sorted(measured.items(), key=lambda item: int(item[0]))),
     }
+
+
+def _ratios(runs: list[dict[str, list[float]]], name: str) -> list[float]:
+    """Of a variant to the baseline, round by round of the runs that have both."""
+    pairs = [pair for run in runs if name in run for pair in zip(run[name], run[BASELINE], strict=True)]
+    return [one / baseline for one, baseline in pairs]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -225,12 +234,9 @@ def table(results: dict[str, Any]) -> str:
     for name in (*OURS, *PEERS):
         cells = []
         for one in results["vocabularies"].values():
-            if name not in one["seconds"]:
-                cells += ["not run", "not run"]
-                continue
-            seconds, peak = one["seconds"][name], one["peak_bytes"][name]
-            over = seconds / one["seconds"][BASELINE], peak / one["peak_bytes"][BASELINE]
-            cells += [f"{seconds:.2f} s, {over[0]:.2f}", f"{peak / 1e9:.2f} GB, {over[1]:.2f}"]
+            seconds, peak = one["seconds"].get(name), one["peak_bytes"].get(name)
+            cells.append("not run" if seconds is None else f"{seconds:.2f} s, {one['time_ratios'][name]:.2f}")
+            cells.append("not run" if peak is None else f"{peak / 1e9:.2f} GB, {one['memory_ratios'][name]:.2f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
