@@ -159,20 +159,9 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     """Wires the parts; after this nothing is missing that training needs. `args` has its learning rate."""
     # A linear head leaves the LM's output layer without gradient.
     accelerator = accelerator_for(find_unused_parameters=args.q_head == "linear")
-    model = inputs.model.to(accelerator.device)
+    model = inputs.model
     torch.manual_seed(args.seed)  # LoRA and heads start alike on every process
-    network = QNetwork(
-        model,
-        models.num_valid_tokens(model, inputs.tokenizer),
-        q_head=args.q_head,
-        beta=args.beta,
-        lora=inputs.lora,
-        target=args.target,
-        backup=backup_rule(args),
-        needs_value_head=args.expectile is not None,
-        uniform_prior=args.prior == "uniform",
-        bf16=args.bf16,
-    ).to(accelerator.device)
+    network = network_for(args, inputs, accelerator.device, args.target)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -201,6 +190,23 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         td_loss=loss_rule(args),
         epsilon=schedules.linear(args.epsilon.start, args.epsilon.end, args.epsilon.steps),
     )
+
+
+def network_for(args: DQNConfig, inputs: Inputs, device: torch.device, target: Literal["adapter", "head"]) -> QNetwork:
+    """The Q-network of a run, untrained. target: what of it lags."""
+    model = inputs.model.to(device)
+    return QNetwork(
+        model,
+        models.num_valid_tokens(model, inputs.tokenizer),
+        q_head=args.q_head,
+        beta=args.beta,
+        lora=inputs.lora,
+        target=target,
+        backup=backup_rule(args),
+        needs_value_head=args.expectile is not None,
+        uniform_prior=args.prior == "uniform",
+        bf16=args.bf16,
+    ).to(device)
 
 
 def optimizer_for(network: QNetwork, args: DQNConfig) -> torch.optim.Optimizer:

@@ -12,11 +12,12 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from llm_dqn import cli_replay
+from llm_dqn import cli_collect, cli_replay
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.lock import refuse_if_running
 from llm_dqn.signals import Stopped, leave
 from llm_dqn.terminal import HarmlessHandler, any_script
+from llm_dqn.terminal import hush as _hush
 from llm_dqn.terminal import say as _say
 
 T = TypeVar("T", int, float)
@@ -32,6 +33,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The shipped recipes.", invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(cli_replay.app, name="replay")
+app.command()(cli_collect.collect)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -75,9 +77,6 @@ def train(
         again += [f"--checkpoint={checkpoint}"] if checkpoint else []
         again += ["--replay-repair"] if replay_repair else []
         sys.exit(launch_processes(num_processes, again))
-    from llm_dqn.launch import check_launch
-
-    check_launch()
     from llm_dqn.trainer import DQNTrainer
 
     _hush()
@@ -355,16 +354,6 @@ def _sources_behind(run: str) -> list[str]:
 
     recipe = Path(run) / "recipe.yaml"
     return [run, *(load_recipe(recipe).sources if recipe.is_file() else [])]
-
-
-def _hush() -> None:
-    """Keeps transformers' loading bars and its notes to other libraries' authors off the screen of a run."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def _speak_plainly() -> None:

@@ -19,7 +19,7 @@ def _names(text: str) -> frozenset[str]:
 HARMLESS = _names(
     """
     model.trust_remote_code model.use_safetensors reward.timeout
-    reward.called_by
+    reward.called_by rollout.collector_timeout
     data.test data.test_split
     train.output_dir train.max_steps train.max_scored_completions train.logging_steps train.eval_steps
     train.eval_prompts train.final_eval_prompts train.final_beta_scales train.save_steps train.save_total_limit
@@ -31,6 +31,7 @@ NOTED = _names(
     """
     model.attn_implementation
     rollout.engine rollout.num_generations rollout.prompts_per_collect rollout.temperature rollout.top_k rollout.top_p
+    rollout.collectors rollout.publish_steps replay.max_age
     rollout.min_p rollout.epsilon.start rollout.epsilon.end rollout.epsilon.steps rollout.explore
     reward.on_error
     dqn.n_step dqn.lam dqn.corrected dqn.loss dqn.target_sync_steps dqn.target_tau dqn.advantage_weight dqn.cql_weight

@@ -129,6 +129,17 @@ class RolloutSection(Section):
         default="prior",
         description="prior: that share of completions is the base model's; uniform: of tokens, any token (textbook).",
     )
+    collectors: Text | None = Field(
+        default=None,
+        description="Folder that `llm-dqn collect` fills and the learner empties; null = the learner writes itself.",
+    )
+    publish_steps: Annotated[Int, Field(ge=1)] = Field(
+        default=16, description="With collectors: learner steps between two looks that they get at the policy."
+    )
+    collector_timeout: Annotated[Float, Field(gt=0)] = Field(
+        default=600.0,
+        description="With collectors: seconds without a segment after which the run ends, saved.",
+    )
 
 
 class RewardSection(Section):
@@ -229,6 +240,10 @@ class ReplaySection(Section):
     )
     updates_per_collect: Annotated[Int, Field(ge=1)] = Field(
         default=16, description="Learner steps between collections; more = fewer reward calls a step, older data."
+    )
+    max_age: Annotated[Int, Field(ge=0)] | None = Field(
+        default=None,
+        description="With collectors: episodes by a policy more learner steps old are refused; null = all are taken.",
     )
     prioritized: StrictBool = Field(default=False, description="Sample by TD error; needs success_share 0.")
     success_share: Share = Field(

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import sys
+import warnings
 from typing import Any
 
 # C0 and C1 controls and DEL; marks that turn the direction of text around or are invisible; half characters, which no
@@ -46,3 +47,11 @@ class HarmlessHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(harmless(self.format(record)), file=sys.stderr)
+
+
+def hush() -> None:
+    """Keeps transformers' loading bars and its notes to other libraries' authors off the screen of a run."""
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

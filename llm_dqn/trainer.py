@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from llm_dqn import checkpoint, recipe_changes
+from llm_dqn import recipe_changes
 from llm_dqn.assembly import Inputs, assemble, recipe_text, stream_seed, trackers, with_learning_rate
-from llm_dqn.errors import RunError, StepFailed, UserError
+from llm_dqn.errors import RunError, StepFailed
 from llm_dqn.examiner import Examiner
 from llm_dqn.hub import push
 from llm_dqn.inputs import inputs_from_python, inputs_of
 from llm_dqn.judging import Judges
+from llm_dqn.launch import check_launch
 from llm_dqn.learner import Learner
 from llm_dqn.logbook import Logbook
 from llm_dqn.memory import learning_batch, writing_batch
@@ -27,9 +27,10 @@ from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.processes import Processes
 from llm_dqn.recipe import DQNConfig, Recipe
-from llm_dqn.resume import DEALT, restore_schedule
 from llm_dqn.rollout import Writer, rollout, verify_generator
-from llm_dqn.signals import StopRequest
+from llm_dqn.shared_folder import SharedFolder
+from llm_dqn.signals import Stopped, StopRequest
+from llm_dqn.trainer_state import Checkpointed
 from llm_dqn.types import Episode, PrefixBatch, TDTarget
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
 
-class DQNTrainer:
+class DQNTrainer(Checkpointed):
     """Tunes a causal LM by deep Q-learning against rewards on whole completions.
 
     State: a prompt plus the tokens written so far. Action: the next token. Reward: 0 until the completion ends, then
@@ -73,6 +74,7 @@ class DQNTrainer:
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> "DQNTrainer":
         """The same trainer from a recipe."""
+        check_launch()
         return cls.of_inputs(*inputs_of(recipe), recipe)
 
     @classmethod
@@ -121,6 +123,20 @@ class DQNTrainer:
         self.judges = Judges(parts.rewards, self.processes, on_main=args.called_by == "main")
         seed = stream_seed(args.seed, EVALUATE, 0)  # the same on every process
         self.examiner = Examiner(parts.writer, self.processes, self.judges, self.written, seed)
+        self.stop = StopRequest()
+        self.shared: SharedFolder | None = None
+        self.source = self.write_and_score
+        if args.collectors is not None:
+            self.shared = SharedFolder(
+                Path(args.collectors),
+                Path(args.output_dir),
+                self.processes,
+                parts.replay.store.vocabulary,
+                max_age=args.max_age,
+                timeout=args.collector_timeout,
+                say=say,
+            )
+            self.source = self.take_in
 
     # --- the algorithm ----------------------------------------------------------------------------------------------
 
@@ -139,6 +155,8 @@ class DQNTrainer:
             with self.processes:
                 self.begin(resume, allow_changes, replay_repair)
                 self.learn()
+                if self.shared is not None:
+                    self.shared.close()
                 self.save_model()
                 return self.evaluate()
         finally:
@@ -146,7 +164,7 @@ class DQNTrainer:
 
     def learn(self) -> None:
         """The loop: collect, remember, sample, learn, sync, until done or asked to stop."""
-        with StopRequest() as stop, self.logbook.panel(self.args.max_steps), self.saved_where_possible():
+        with self.stop as stop, self.logbook.panel(self.args.max_steps), self.saved_where_possible():
             while self.step < self.args.max_steps:
                 if self.step % self.args.updates_per_collect == 0 and self.collected_at < self.step:
                     if self.step > 0 and self.budget_left == 0 and self.args.max_scored_completions:
@@ -176,7 +194,7 @@ class DQNTrainer:
                 break
             started, before = time.perf_counter(), self.parts.stream.state_dict()
             try:
-                written, episodes = self.write_and_score()
+                written, episodes = self.source()
             except StepFailed:
                 self.parts.stream.load_state_dict(before)  # the same prompts come again
                 raise
@@ -197,6 +215,24 @@ class DQNTrainer:
         """(how many completions were written, those that got a reward), on this process."""
         episodes = self.processes.agree(self.rollout)
         return len(episodes), self.score(episodes)
+
+    def take_in(self) -> tuple[int, list[Episode]]:
+        """The same from collectors: how many completions they had scored, and those young enough to learn from."""
+        assert self.shared is not None
+        self.publish()
+        args, world = self.args, self.processes.world
+        wanted = min(args.prompts_per_collect * args.num_generations, self.budget_left * world)
+        taken = self.shared.take(self.step, wanted, lambda: self.stop.requested is not None)
+        if len(self.replay) == 0 and self.stop.requested:
+            raise Stopped(self.stop.exit_code)
+        for age in taken.ages:
+            self.logbook.add("replay/staleness", float(age))
+        return taken.scored, taken.episodes
+
+    def publish(self) -> None:
+        """Shows the policy to collectors, where there are any."""
+        if self.shared is not None:
+            self.shared.publish(self.step, self.epsilon, self.network.checkpoint_state())
 
     def rollout(self) -> list[Episode]:
         """Fresh completions by the epsilon-greedy behaviour policy."""
@@ -282,12 +318,10 @@ class DQNTrainer:
         found = self.logbook.open(resume, accept, replay_repair)
         if found is not None:
             self.load_state(*found)
+        if self.shared is not None:
+            self.shared.open()
+            self.logbook.say("collectors write the completions: this run does not repeat bit for bit")
         verify_generator(self.parts.writer, self.parts.eval_prompts)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The recipe's settings by dotted key, as a checkpoint keeps them."""
-        return recipe_changes.settings(self.logbook.recipe_text)
 
     @contextmanager
     def saved_where_possible(self) -> Iterator[None]:
@@ -303,6 +337,8 @@ class DQNTrainer:
     def report(self, batches: Sequence[PrefixBatch]) -> None:
         """What falls due after a step: a line of metrics, an evaluation, a checkpoint."""
         args, last = self.args, self.step == self.args.max_steps
+        if self.step % args.publish_steps == 0:
+            self.publish()
         self.logbook.progressed(self.step)
         if args.eval_steps and self.step % args.eval_steps == 0:
             verify_generator(self.parts.writer, self.parts.eval_prompts)
@@ -314,6 +350,8 @@ class DQNTrainer:
             kl = self.network.kl(batches[-1].tokens).sum() / batches[-1].action_mask.sum()
             facts = {"rollout/epsilon": self.epsilon, "replay/episodes": len(self.replay), "train/kl": float(kl)}
             facts["train/nonfinite_steps"] = self.nonfinite.total
+            if self.shared is not None:
+                facts["replay/refused"] = self.shared.refused
             line = self.logbook.write(self.step, self.scored_completions, facts)
             self.q_alarm.seen(self.replay.rewards)
             self.q_alarm.look(self.step, line.get("train/q_max"))
@@ -343,49 +381,3 @@ class DQNTrainer:
             return ""
         say = self.logbook.say
         return push(self.args.output_dir, repo_id, public=not private, base_model=base_model, say=say)
-
-    def save_checkpoint(self, beside: bool = False) -> None:
-        """Writes all that makes the run continue exactly, unless it is saved; `beside`: while training goes on."""
-        self.logbook.checkpoint(self.step, self.state(), self.tensors(), beside)
-
-    def state(self) -> dict[str, Any]:
-        """Counters of a checkpoint, as plain JSON. They key all random streams, which need no state of their own."""
-        return {
-            "step": self.step,
-            "collected_at": self.collected_at,
-            "nonfinite_steps": self.nonfinite.total,
-            "recipe": self.settings,
-            "scored_completions": self.scored_completions,
-            "samples_drawn": self.samples_drawn,
-            "prompts": self.parts.stream.state_dict(),
-            "scheduler": self.parts.scheduler.state_dict(),
-            "logbook": self.logbook.state(),
-        }
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint, part by part."""
-        rank = self.parts.accelerator.process_index
-        return {
-            "network": self.network.checkpoint_state(),
-            "optimizer": checkpoint.optimizer_tensors(self.parts.optimizer),
-            f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
-        }
-
-    def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-        """The reverse of `state` and `tensors`."""
-        try:
-            self.network.load_checkpoint_state(tensors["network"])
-            checkpoint.load_optimizer(self.parts.optimizer, tensors["optimizer"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"the checkpoint does not fit the model, adapter or Q-head of this recipe: {error}"
-            ) from error
-        then = checkpoint.restore_replay(self.replay, tensors, self.processes.rank, self.processes.world)
-        if then != self.processes.world:
-            self.logbook.say(DEALT.format(then=then, now=self.processes.world))
-        self.step, self.collected_at = state["step"], state["collected_at"]
-        self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
-        self.nonfinite.total = state["nonfinite_steps"]
-        self.parts.stream.load_state_dict(state["prompts"])
-        restore_schedule(self.parts.scheduler, state["scheduler"])
-        self.logbook.load_state(state["logbook"], self.step)

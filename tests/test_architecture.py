@@ -12,13 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "llm_dqn"
 LAYERS = """
 __main__
 cli
-cli_replay
+cli_replay cli_collect
 score_files
-doctor preflight inference merge replay_export replay_statistics
+doctor preflight inference merge collector replay_export replay_statistics
 trainer
-learner examiner
+trainer_state learner examiner
+shared_folder
 judging inputs
-assembly score_rows logbook hub replay_browser
+assembly score_rows logbook hub replay_browser exchange
 bundle saver
 evaluation scoring checkpoint launch card opening
 rollout strength
@@ -39,7 +40,7 @@ LEVEL = {name: -depth for depth, line in enumerate(LAYERS.split("\n")) for name 
 KEPT_IN = {
     "peft": {"adapters", "network", "hub", "merge"},
     "accelerate": {"assembly", "checkpoint", "launch", "logbook", "metrics", "trainer"},
-    "typer": {"cli", "cli_replay"},
+    "typer": {"cli", "cli_replay", "cli_collect"},
     "rich": {"console"},
 }
 # files that may know configuration objects; all others take plain arguments
@@ -47,6 +48,7 @@ KNOW_CONFIGURATION = {
     "__init__",
     "cli",
     "trainer",
+    "trainer_state",
     "inputs",
     "assembly",
     "preflight",
@@ -56,6 +58,8 @@ KNOW_CONFIGURATION = {
     "opening",
     "bundle",
     "replay_browser",
+    "collector",
+    "cli_collect",
 }
 RECIPE_FILES = {"recipe_changes", "offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
 PURE = {"targets", "losses", "schedules", "types"}

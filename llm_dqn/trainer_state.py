@@ -1,0 +1,86 @@
+"""What of a trainer a checkpoint keeps: counters as JSON and tensors, and how they come back."""
+
+from typing import Any
+
+from torch import Tensor
+
+from llm_dqn import checkpoint, recipe_changes
+from llm_dqn.assembly import Parts
+from llm_dqn.errors import UserError
+from llm_dqn.logbook import Logbook
+from llm_dqn.network import QNetwork
+from llm_dqn.numerics import NonFiniteSteps
+from llm_dqn.processes import Processes
+from llm_dqn.replay import PrefixReplay
+from llm_dqn.resume import DEALT, restore_schedule
+from llm_dqn.shared_folder import SharedFolder
+
+
+class Checkpointed:
+    """The part of a trainer that saves and restores it. All randomness is keyed by the counters here."""
+
+    parts: Parts
+    network: QNetwork
+    replay: PrefixReplay
+    logbook: Logbook
+    processes: Processes
+    nonfinite: NonFiniteSteps
+    shared: SharedFolder | None
+    step: int
+    collected_at: int  # the step before which was collected last
+    samples_drawn: int  # minibatches, by this process
+    scored_completions: int  # by the rewards, over all processes; evaluation is counted apart
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe's settings by dotted key, as a checkpoint keeps them."""
+        return recipe_changes.settings(self.logbook.recipe_text)
+
+    def save_checkpoint(self, beside: bool = False) -> None:
+        """Writes all that makes the run continue exactly, unless it is saved; `beside`: while training goes on."""
+        self.logbook.checkpoint(self.step, self.state(), self.tensors(), beside)
+
+    def state(self) -> dict[str, Any]:
+        """Counters of a checkpoint, as plain JSON. They key all random streams, which need no state of their own."""
+        return {
+            "step": self.step,
+            "collected_at": self.collected_at,
+            "nonfinite_steps": self.nonfinite.total,
+            "recipe": self.settings,
+            "scored_completions": self.scored_completions,
+            "samples_drawn": self.samples_drawn,
+            "prompts": self.parts.stream.state_dict(),
+            "scheduler": self.parts.scheduler.state_dict(),
+            "logbook": self.logbook.state(),
+            "shared": None if self.shared is None else self.shared.state(),
+        }
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint, part by part."""
+        rank = self.parts.accelerator.process_index
+        return {
+            "network": self.network.checkpoint_state(),
+            "optimizer": checkpoint.optimizer_tensors(self.parts.optimizer),
+            f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
+        }
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        """The reverse of `state` and `tensors`."""
+        try:
+            self.network.load_checkpoint_state(tensors["network"])
+            checkpoint.load_optimizer(self.parts.optimizer, tensors["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint does not fit the model, adapter or Q-head of this recipe: {error}"
+            ) from error
+        then = checkpoint.restore_replay(self.replay, tensors, self.processes.rank, self.processes.world)
+        if then != self.processes.world:
+            self.logbook.say(DEALT.format(then=then, now=self.processes.world))
+        self.step, self.collected_at = state["step"], state["collected_at"]
+        self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
+        self.nonfinite.total = state["nonfinite_steps"]
+        if self.shared is not None and state.get("shared"):
+            self.shared.load_state(state["shared"])
+        self.parts.stream.load_state_dict(state["prompts"])
+        restore_schedule(self.parts.scheduler, state["scheduler"])
+        self.logbook.load_state(state["logbook"], self.step)
