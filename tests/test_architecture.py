@@ -21,7 +21,7 @@ shared_folder
 judging inputs
 assembly score_rows logbook hub replay_browser exchange
 bundle saver
-evaluation scoring checkpoint launch card opening
+evaluation scoring checkpoint launch card opening sharding
 rollout strength
 network rewards
 policy_network

@@ -1,0 +1,95 @@
+"""One of the two processes of `test_sharding`: the same network whole and sharded, on the same episodes."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from llm_dqn import sharding
+from llm_dqn.policy import sampled
+from llm_dqn.replay import PrefixReplay
+from llm_dqn.rollout import rollout
+from tests.networks import shake
+from tests.test_trainer import trainer
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(network) -> dict[str, torch.Tensor]:
+    return {name: full(p.grad).clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def main(path: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    run = trainer(path, Path(folder) / "run", max_grad_norm=1e9, temperature=1.0)
+    network, rank = run.network, run.parts.accelerator.process_index
+    episodes = run.score(rollout(run.parts.writer, run.parts.stream.prompts[:8], sampled(), seed=5))
+    shake(network, 0.05)
+    network.sync_target(0.5)
+    replay = PrefixReplay(16)
+    replay.add(episodes)
+    every, mine = replay.batch(torch.arange(8).numpy()), replay.batch(torch.arange(4).numpy() + 4 * rank)
+    count, weight = every.action_mask.sum().float(), torch.tensor(1.0)
+
+    def learn(batch) -> float:
+        network.zero_grad()
+        target = run.td_target(batch)
+        loss, _ = run.learner.loss(batch, target, count, weight)
+        loss.backward()
+        return loss.item()
+
+    run.parts.__dict__["model"] = network  # not DDP's
+    alone = {"loss": learn(every), "gradients": gradients(network)}
+    alone["target"] = run.td_target(every).returns
+    before = {name: full(value).clone() for name, value in network.checkpoint_state().items()}
+
+    sharding.shard(network, init_device_mesh("cpu", (2,)))
+    notes: dict = {}
+    layers = [p for layer in sharding.decoder_layers(network) for p in layer.parameters()]
+    notes["sharded"] = all(isinstance(p, DTensor) for p in layers)
+    notes["share"] = sum(p.to_local().numel() for p in layers) / sum(p.numel() for p in layers)
+    loss = torch.tensor(learn(mine))
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad *= 2  # averaged over two processes, of a loss that is normalised by the count of both
+    sharding.average_whole_gradients(network)
+    dist.all_reduce(loss)
+    notes["loss"] = abs(loss.item() - alone["loss"])
+    notes["gradients"] = largest(alone["gradients"], gradients(network))
+    notes["largest_gradient"] = max(g.abs().max().item() for g in alone["gradients"].values())
+    norm = torch.stack([g.square().sum() for g in alone["gradients"].values()]).sum().sqrt()
+    notes["norm"] = abs(sharding.gradient_norm(network).item() - norm.item())
+    notes["targets"] = (run.td_target(every).returns - alone["target"]).abs().max().item()
+
+    with CommDebugMode() as communication:
+        network.sync_target(0.25)
+    notes["sync_messages"] = communication.get_total_counts()
+    synced = {name: full(value).clone() for name, value in network.checkpoint_state().items()}
+    old = {name: value for name, value in before.items() if name.startswith("target.")}
+    wanted = {name: value.lerp(before[name.replace("target.", "online.")], 0.25) for name, value in old.items()}
+    notes["synced"] = largest(wanted, {n: v for n, v in synced.items() if n.startswith("target.")})
+
+    state = network.checkpoint_state()
+    sharding.save(state, Path(folder) / "sharded")
+    with torch.no_grad():
+        for value in state.values():
+            value.zero_() if not isinstance(value, DTensor) else value.to_local().zero_()
+    sharding.load(state, Path(folder) / "sharded")
+    notes["restored"] = largest(synced, {name: full(value) for name, value in network.checkpoint_state().items()})
+    (Path(folder) / f"notes-{rank}.json").write_text(json.dumps(notes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
