@@ -21,6 +21,15 @@ from benchmarks.learning.tasks import TASKS, Row, Task
 from llm_dqn import DQNConfig
 
 LOGGED_ROWS = 2000
+# Settings of llm_dqn that decide what is learned. A key that the library gets later joins them once its default does.
+DECISIVE = (
+    *("num_generations", "prompts_per_collect", "temperature", "top_k", "top_p", "min_p", "epsilon", "explore"),
+    *("q_head", "beta", "gamma", "backup", "double", "n_step", "lam", "corrected", "loss", "target"),
+    *("target_sync_steps", "target_tau", "prior", "support_top_k", "advantage_weight", "expectile", "cql_weight"),
+    *("truncated", "capacity", "learning_starts", "updates_per_collect", "prioritized", "success_share"),
+    *("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "lr_scheduler_type"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,8 @@ class Cell:
         """Changes with anything that decides the outcome, the library's defaults among it."""
         facts: dict[str, Any] = {**asdict(self), "base": TASKS[self.task].base.name}
         if REGIMES[self.regime][self.method].kind == "dqn":
-            facts["settings"] = DQNConfig(output_dir="-", **self.settings).model_dump()
+            resolved = DQNConfig(output_dir="-", **self.settings).model_dump()
+            facts["settings"] = {name: resolved[name] for name in DECISIVE}
         return digest(facts)
 
 
