@@ -31,6 +31,7 @@ from llm_dqn.shipped import shipped_root
 from llm_dqn.types import Prompt
 
 RESULTS = Path(__file__).parent / "results" / "rollout.json"
+MODELS = ("Qwen2.5-0.5B, 2 layers", "quickstart")
 ROWS, PROMPT, COMPLETION, TOKENS = 16, 16, 64, 32_000
 
 
@@ -100,17 +101,19 @@ def measure(writer: Writer, repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = models.load_tokenizer(str(shipped_root() / "data" / "tiny_lm"))
     measured = {}
-    for which in ("Qwen2.5-0.5B, 2 layers", "quickstart"):
+    for which in options.models:
         measured[which] = measure(writer_on(which, tokenizer), 3 if options.quick else 9)
         print(which, measured[which], flush=True)
     results = {
-        "throughput_ratio": measured["Qwen2.5-0.5B, 2 layers"]["ratio"],
+        "throughput_ratio": measured[options.models[0]]["ratio"],
         "command": "python -m benchmarks.rollout" + (" --quick" if options.quick else ""),
         "machine": machine(),
+        "ratio_of": options.models[0],
         "rows": ROWS,
         "prompt_tokens": PROMPT,
         "completion_tokens": COMPLETION,
