@@ -25,7 +25,7 @@ from llm_dqn.scoring import Line
 logger = logging.getLogger(__name__)
 
 # A window is read, sorted by length, scored and written before the next is read: memory does not grow with the file.
-WINDOW_ROWS, WINDOW_TOKENS = 4096, 2**18
+WINDOW_ROWS, WINDOW_TOKENS = 2048, 2**17
 _READ_TOGETHER = 256  # rows tokenised at a time
 
 Tell = Callable[[str], None]
@@ -131,6 +131,7 @@ class Scorer:
                 share = (self.rows.done - done) / len(window)
                 done = self.rows.done
                 yield from self._scored(window, lambda count, share=share: advance(share * count))  # type: ignore[misc]
+                window.clear()  # before the next is read
         finally:
             if self.rewards is not None:
                 self.rewards.close()

@@ -52,7 +52,8 @@ def look_at(
     progress: told after each batch how many completions it held.
     """
     lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
-    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    # The longest first: what they need serves all others too, and too much of it is found out at once.
+    order = sorted(range(len(pairs)), key=lengths.__getitem__, reverse=True)
     looks: dict[int, TokenLook] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
