@@ -134,7 +134,8 @@ def table(results: dict[str, Any]) -> str:
     processor = "processor time of a process"
     rows.append((f"{processor}, seconds", median("1", "processor_seconds"), median("2", "processor_seconds")))
     name, both = "phases_processor", ("collect", "learn_from")
-    rows += [(f"{PHASES[n]}, {processor}", median("1", name, n), median("2", name, n)) for n in both]
+    if name in runs["1"][0]:
+        rows += [(f"{PHASES[n]}, {processor}", median("1", name, n), median("2", name, n)) for n in both]
     loads = [run["load_before"] for part in runs.values() for run in part]
     busy = " Other work was running beside it: a free machine is to be measured again." if max(loads) > 2.5 else ""
     return "\n".join(
