@@ -43,7 +43,7 @@ MUTANTS = [
      "QOutput(values - self.beta * (logprobs - batch.ref_logprobs)"),
     ("vocabulary", "shrink = (highest - higher).exp_()", "shrink = torch.ones_like(higher)"),
     ("vocabulary", "push - pull)", "push)"),
-    ("policy_network", "self._postprocess(logits)[..., : self.num_tokens].float()", "self._postprocess(logits).float()"),
+    ("policy_network", "(logits)[..., : self.num_tokens].float()", "(logits).float()"),
     ("replay", "goes_on = (ended == ENDED.index(\"length\"))", "goes_on = (ended == ENDED.index(\"eos\"))"),
     ("replay", "rewards[last] = facts[\"rewards\"]", "rewards[:, 0] = facts[\"rewards\"]"),
     ("replay", "usable &= self.store.numbers(places) < drawn_at", "usable &= self.store.numbers(places) <= drawn_at"),
