@@ -14,7 +14,7 @@ NODES = 21
 WALK = 10  # steps at most
 PATHS = BaseRecipe(
     "paths",
-    {"nodes": NODES, "walk": WALK, "degree": 3, "graph_seed": 3, "directed": 0.2},
+    {"nodes": NODES, "walk": WALK, "degree": 3, "graph_seed": 3, "directed": 0.05},
     (*map(str, range(NODES)), ":"),
     steps=700,
 )
