@@ -2,9 +2,12 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from llm_dqn.errors import RunError, UserError
 
@@ -62,15 +65,18 @@ class EpisodeStore:
     Tokens and log-probabilities lie in segments of `segment_size` episodes in order of adding. A full segment never
     changes, and goes when all its episodes are overwritten.
 
-    vocabulary: identifies the tokenizer of the tokens; empty where that is not known.
+    vocabulary: identifies the tokenizer of the tokens; empty where that is not known. scratch: a file name on the disk
+    that full segments go to, so that memory holds the columns and one segment; None keeps all in memory.
     """
 
-    def __init__(self, capacity: int, segment_size: int = 1024, vocabulary: bytes = b"") -> None:
+    def __init__(
+        self, capacity: int, segment_size: int = 1024, vocabulary: bytes = b"", scratch: Path | None = None
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 episode, got {capacity}")
         if segment_size < 1:
             raise ValueError(f"segment_size must be at least 1 episode, got {segment_size}")
-        self.capacity, self.segment_size, self.vocabulary = capacity, segment_size, vocabulary
+        self.capacity, self.segment_size, self.vocabulary, self.scratch = capacity, segment_size, vocabulary, scratch
         self._clear()
 
     def _clear(self) -> None:
@@ -112,24 +118,67 @@ class EpisodeStore:
             joined[name] = np.concatenate(pieces) if pieces else np.zeros(0, FLAT[name])
         return joined
 
-    def put(self, facts: dict[str, Any], flat: dict[str, np.ndarray]) -> None:
-        """Adds an episode: its columns but for lengths and places, which follow from its flat arrays."""
+    def put(self, facts: dict[str, np.ndarray], flat: dict[str, np.ndarray]) -> None:
+        """Adds k episodes: (k,) columns but for their places, which follow, and the arrays of `FLAT`.
+
+        Raises RunError when a segment that is full cannot be written to `scratch`.
+        """
+        counts = {name: facts["lengths"] - (0 if name == "tokens" else facts["prompt_lengths"]) for name in FLAT}
+        bounds = {name: np.concatenate([[0], np.cumsum(values)]) for name, values in counts.items()}
+        first, last = 0, len(facts["lengths"])
+        while first < last:  # pieces that lie in one segment, and in slots one behind the other
+            room = min(self.capacity - self.added % self.capacity, self.segment_size - self.added % self.segment_size)
+            piece = slice(first, min(last, first + room))
+            starts = {name: bounds[name][piece] - bounds[name][first] for name in FLAT}
+            self._put_piece(
+                {name: values[piece] for name, values in facts.items()},
+                {name: values[bounds[name][first] : bounds[name][piece.stop]] for name, values in flat.items()},
+                {"token_starts": starts["tokens"], "action_starts": starts["ref_logprobs"]},
+            )
+            first = piece.stop
+
+    def _put_piece(
+        self, facts: dict[str, np.ndarray], flat: dict[str, np.ndarray], starts: dict[str, np.ndarray]
+    ) -> None:
+        """starts: (k,) places in `flat`, by name in `PLACES`."""
         segment = self._segments.setdefault(self.added // self.segment_size, {n: Growing(d) for n, d in FLAT.items()})
-        places = {"token_starts": segment["tokens"].size, "action_starts": segment["ref_logprobs"].size}
+        places = {
+            "token_starts": starts["token_starts"] + segment["tokens"].size,
+            "action_starts": starts["action_starts"] + segment["ref_logprobs"].size,
+        }
         for name, values in flat.items():
             segment[name].extend(values)
         slot = self.added % self.capacity
-        for name, value in (facts | places | {"lengths": len(flat["tokens"])}).items():
+        for name, values in (facts | places).items():
             column = self._columns[name]
             if slot < column.size:
-                column.values[slot] = value
+                column.values[slot : slot + len(values)] = values
             else:
-                column.extend(np.array([value]))
-        self.added += 1
+                column.extend(values)
+        self.added += len(facts["lengths"])
         if self.added % self.segment_size == 0:
+            self._seal(segment)
+        self._segments.pop((self.added - len(self)) // self.segment_size - 1, None)
+
+    def _seal(self, segment: Segment) -> None:
+        """Nothing is added to it any more."""
+        if self.scratch is None:
             for part in segment.values():
                 part.trim()
-        self._segments.pop((self.added - len(self)) // self.segment_size - 1, None)
+            return
+        try:
+            self.scratch.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: torch.from_numpy(part.values) for name, part in segment.items()}, self.scratch)
+            # Mapped, not read. The file lives on without its name as long as that, and no kill leaves one behind.
+            mapped = load_file(self.scratch)
+            self.scratch.unlink()
+        except (OSError, SafetensorError) as error:
+            self.scratch.unlink(missing_ok=True)
+            raise RunError(
+                f"stored episodes could not be written to {self.scratch.parent} ({error}); make room there, or keep "
+                "them in memory (replay.storage: memory)"
+            ) from error
+        segment.update({name: Growing(FLAT[name], values.numpy()) for name, values in mapped.items()})
 
     # --- to disk and back -------------------------------------------------------------------------------------------
 
@@ -201,9 +250,11 @@ class EpisodeStore:
         if self.added:  # then the ring was or becomes full, and its slots are filled from somewhere in its middle
             for name, column in self._columns.items():
                 column.extend(np.zeros(self.capacity, COLUMNS[name]))
-        for slot in slots[-self.capacity :]:
-            facts = {name: column.values[slot] for name, column in other._columns.items()}
-            self.put(facts, other.flat(np.array([slot])))
+        slots = slots[-self.capacity :]
+        for begin in range(0, len(slots), self.segment_size):
+            piece = slots[begin : begin + self.segment_size]
+            facts = {name: column for name, column in other.rows(piece).items() if name not in PLACES}
+            self.put(facts, other.flat(piece))
 
     def _checked(self) -> np.ndarray:
         """(n,) whether the segment of each slot is here. Raises RunError where columns and segments do not fit."""

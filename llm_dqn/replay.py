@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm_dqn.episode_store import EpisodeStore
+from llm_dqn.priority_tree import PriorityTree
 from llm_dqn.types import Episode, PrefixBatch, TokenBatch
 
 SamplingRule = Callable[["PrefixReplay", int, np.random.Generator], np.ndarray]
@@ -47,15 +49,14 @@ def prioritized(alpha: float = 0.6, half_life: float = 1000.0) -> SamplingRule:
     """
 
     def sample(replay: "PrefixReplay", size: int, rng: np.random.Generator) -> np.ndarray:
-        ages = replay.versions.max() - replay.versions
-        weights = (replay.priorities + 1e-6) ** alpha * 0.5 ** (ages / half_life)
-        return rng.choice(len(replay), size=size, p=weights / weights.sum())
+        return replay.priority_tree(alpha, half_life).draw(size, rng)
 
     return sample
 
 
 ENDED = ("eos", "length")
 SOURCES = ("online", "logged")
+SMALLEST_TOTAL = 1e-150  # of the weights in a tree, before they are computed anew in a smaller unit
 
 
 class PrefixReplay:
@@ -63,7 +64,8 @@ class PrefixReplay:
 
     truncated: what reaching the length cap means. "terminal": the reward was for the text as it stands, nothing
     follows. "bootstrap": the text would have gone on, so the value of its last state is added to the target.
-    vocabulary: identifies the tokenizer; what comes back from a checkpoint must have the same.
+    vocabulary: identifies the tokenizer; what comes back from a checkpoint must have the same. scratch: see
+    `EpisodeStore`.
     """
 
     def __init__(
@@ -73,9 +75,11 @@ class PrefixReplay:
         truncated: Literal["terminal", "bootstrap"] = "terminal",
         vocabulary: bytes = b"",
         segment_size: int = 1024,
+        scratch: Path | None = None,
     ) -> None:
-        self.store = EpisodeStore(capacity, segment_size, vocabulary)
+        self.store = EpisodeStore(capacity, segment_size, vocabulary, scratch)
         self.capacity, self.gamma, self.truncated = capacity, gamma, truncated
+        self._trees: dict[tuple[float, float], PriorityTree] = {}  # by alpha and half-life, of rules that were used
 
     def __len__(self) -> int:
         return len(self.store)
@@ -105,6 +109,18 @@ class PrefixReplay:
         view.flags.writeable = False
         return view
 
+    def priority_tree(self, alpha: float, half_life: float) -> PriorityTree:
+        """What `prioritized` draws from; kept up to date from its first use on."""
+        tree = self._trees.get((alpha, half_life))
+        if tree is None or tree.total < SMALLEST_TOTAL:
+            tree = PriorityTree(self.priorities, self.versions, alpha, half_life)
+            self._trees[alpha, half_life] = tree
+        return tree
+
+    def _weights_changed(self, slots: np.ndarray) -> None:
+        for tree in self._trees.values():
+            tree.set(slots, self.priorities[slots], self.versions[slots])
+
     def add(self, episodes: Sequence[Episode]) -> None:
         """Remembers scored episodes. One whose reward is not finite, or that has no tokens, is refused together with
         all others of the call.
@@ -114,22 +130,28 @@ class PrefixReplay:
                 raise ValueError(f"replay takes finite rewards only, got {episode.reward} for {episode.completion!r}")
             if len(episode.completion_ids) == 0:
                 raise ValueError(f"an episode needs at least one action, got none after {episode.prompt!r}")
-        fresh = self.priorities.max() if len(self) else 1.0
-        for episode in episodes:
-            facts = {
-                "prompt_lengths": len(episode.prompt_ids),
-                "rewards": episode.reward,
-                "ended": ENDED.index(episode.ended),
-                "versions": episode.policy_version,
-                "source": SOURCES.index(episode.source),
-                "priorities": fresh,
-            }
-            flat = {
-                "tokens": torch.cat([episode.prompt_ids, episode.completion_ids]).numpy(),
-                "ref_logprobs": episode.ref_logprobs.numpy(),
-                "behaviour_logprobs": episode.behaviour_logprobs.numpy(),
-            }
-            self.store.put(facts, flat)
+        if not episodes:
+            return
+        fresh, first = self.priorities.max() if len(self) else 1.0, self.added
+        facts = {
+            "lengths": [len(episode.prompt_ids) + len(episode.completion_ids) for episode in episodes],
+            "prompt_lengths": [len(episode.prompt_ids) for episode in episodes],
+            "rewards": [episode.reward for episode in episodes],
+            "ended": [ENDED.index(episode.ended) for episode in episodes],
+            "versions": [episode.policy_version for episode in episodes],
+            "source": [SOURCES.index(episode.source) for episode in episodes],
+            "priorities": [fresh] * len(episodes),
+        }
+        flat = {
+            "tokens": [ids for episode in episodes for ids in (episode.prompt_ids, episode.completion_ids)],
+            "ref_logprobs": [episode.ref_logprobs for episode in episodes],
+            "behaviour_logprobs": [episode.behaviour_logprobs for episode in episodes],
+        }
+        self.store.put(
+            {name: np.array(values) for name, values in facts.items()},
+            {name: torch.cat(parts).numpy() for name, parts in flat.items()},
+        )
+        self._weights_changed(np.arange(max(first, self.added - self.capacity), self.added) % self.capacity)
 
     def sample(self, size: int, rng: np.random.Generator, rule: SamplingRule) -> PrefixBatch:
         """`size` episodes with all their prefixes, drawn by `rule` with replacement: there may be fewer in store."""
@@ -177,6 +199,7 @@ class PrefixReplay:
         if drawn_at is not None:
             usable &= self.store.numbers(places) < drawn_at
         self.store.column("priorities")[places[usable]] = errors[usable]
+        self._weights_changed(places[usable])
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Everything as named arrays for a checkpoint, which stay as they are while the buffer goes on."""
@@ -184,6 +207,7 @@ class PrefixReplay:
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Replaces the content by what `snapshot` returned; see `EpisodeStore.restore`."""
+        self._trees.clear()
         self.store.restore(arrays)
 
     def state_arrays(self) -> dict[str, np.ndarray]:
@@ -196,6 +220,7 @@ class PrefixReplay:
 
     def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Replaces the content by what `state_arrays` returned; the newest that fit where the capacity is another."""
+        self._trees.clear()
         self.store.load_flat(arrays)
 
 

@@ -26,7 +26,7 @@ rollout strength
 network rewards
 policy_network
 adapters policy replay row_stream data metrics console reward_functions report
-heads states vocabulary token_texts heatmap report_charts episode_store reward_model reward_worker isolation
+heads states vocabulary token_texts heatmap report_charts episode_store priority_tree reward_model reward_worker isolation
 tables models pages run_files calibration warning_signs
 targets losses schedules recipe charts statistics references processes memory numerics resume
 offline recipe_changes

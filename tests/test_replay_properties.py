@@ -1,6 +1,8 @@
 """The replay buffer against a plain list that is kept the slow way, under every sequence of what can be done to it."""
 
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from safetensors.numpy import load, save
 
+from llm_dqn import episode_store
 from llm_dqn.errors import RunError, UserError
+from llm_dqn.priority_tree import PriorityTree
 from llm_dqn.replay import PrefixReplay, prioritized, success_biased, uniform
 from llm_dqn.types import Episode
 from tests.networks import episode
@@ -31,9 +35,16 @@ def episodes(draw: st.DrawFn) -> Episode:
 class AgainstAList(RuleBasedStateMachine):
     """`self.kept`: what the buffer should hold, the oldest first, as [episode, priority, slot]."""
 
-    @initialize(capacity=st.integers(1, 9), segment_size=st.integers(1, 5), truncated=st.sampled_from(["t", "b"]))
-    def begin(self, capacity: int, segment_size: int, truncated: str) -> None:
+    @initialize(
+        capacity=st.integers(1, 9),
+        segment_size=st.integers(1, 5),
+        truncated=st.sampled_from(["t", "b"]),
+        disk=st.booleans(),
+    )
+    def begin(self, capacity: int, segment_size: int, truncated: str, disk: bool) -> None:
+        self.folder = tempfile.TemporaryDirectory()
         self.options = {
+            "scratch": Path(self.folder.name, "run", "segment") if disk else None,
             "gamma": GAMMA,
             "truncated": {"t": "terminal", "b": "bootstrap"}[truncated],
             "segment_size": segment_size,
@@ -41,6 +52,9 @@ class AgainstAList(RuleBasedStateMachine):
         self.replay = PrefixReplay(capacity, **self.options)
         self.kept: list[list] = []
         self.count = 0
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
 
     def by_slot(self) -> list[list]:
         return sorted(self.kept, key=lambda row: row[2])
@@ -143,6 +157,14 @@ class AgainstAList(RuleBasedStateMachine):
         stored = sum(array.size for name, array in self.replay.snapshot().items() if name.endswith("/tokens"))
         most = len(rows) + self.options["segment_size"]
         assert stored <= most * 9  # what was overwritten does not stay
+        assert not list(Path(self.folder.name).glob("run/*"))  # nothing would be left after a kill
+
+    @invariant()
+    def trees_are_those_that_a_resumed_run_builds(self) -> None:
+        for (alpha, half_life), tree in self.replay._trees.items():
+            again = PriorityTree(self.replay.priorities, self.replay.versions, alpha, half_life)
+            drawn, expected = (each.draw(64, np.random.default_rng(self.count)) for each in (tree, again))
+            assert drawn.tolist() == expected.tolist()
 
 
 AgainstAList.TestCase.settings = settings(
@@ -186,6 +208,46 @@ def test_equal_priorities_of_zero_are_drawn_evenly_and_slots_out_of_reach_are_re
     assert np.allclose(np.bincount(drawn) / 30_000, 1 / 3, atol=0.02)
     with pytest.raises(ValueError, match="slots must lie in 0 to 2"):
         replay.update_priorities(torch.tensor([3]), torch.zeros(1))
+
+
+@pytest.mark.parametrize("half_life", [0.01, 3.0, 1000.0])
+def test_shares_of_draws_are_those_of_the_formula(half_life):
+    """By brute force after many changes, some of them so late that all older weights are nothing beside the new."""
+    rng, alpha = np.random.default_rng(0), 0.6
+    priorities, versions = rng.exponential(size=5), np.sort(rng.integers(0, 9, 5))
+    tree = PriorityTree(priorities, versions, alpha, half_life)
+    for step in [*range(0, 40, 7), 1_000_000]:
+        slots = np.unique(rng.integers(0, len(priorities) + 3, 4))
+        new = np.arange(len(priorities), max(len(priorities), slots.max() + 1))
+        slots = np.union1d(slots, new)
+        priorities, versions = (np.concatenate([values, np.zeros(len(new))]) for values in (priorities, versions))
+        priorities[slots], versions[slots] = rng.exponential(size=len(slots)), step
+        tree.set(slots, priorities[slots], versions[slots])
+        with np.errstate(under="ignore"):
+            weights = (priorities + 1e-6) ** alpha * 0.5 ** ((step - versions) / half_life)
+        drawn = np.bincount(tree.draw(20_000, rng), minlength=len(weights)) / 20_000
+        assert np.allclose(drawn, weights / weights.sum(), atol=0.02)
+        again = PriorityTree(priorities, versions, alpha, half_life)
+        drawn, expected = (each.draw(500, np.random.default_rng(step)) for each in (tree, again))
+        assert drawn.tolist() == expected.tolist()
+
+
+def test_old_episodes_are_drawn_when_all_newer_ones_are_gone():
+    replay, rule = PrefixReplay(2), prioritized(half_life=0.01)
+    replay.add([episode([1], [2], policy_version=version) for version in (0, 900)])
+    assert set(rule(replay, 50, np.random.default_rng(0))) == {1}
+    replay.add([episode([1], [2], policy_version=0), episode([1], [2], policy_version=0)])  # of a slow collector
+    assert set(rule(replay, 50, np.random.default_rng(0))) == {0, 1}
+
+
+def test_a_disk_that_is_full_is_told_with_the_cure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(episode_store, "save_file", full)
+    replay = PrefixReplay(9, segment_size=2, scratch=tmp_path / "segment")
+    with pytest.raises(RunError, match=r"could not be written to .*No space left.*replay\.storage: memory"):
+        replay.add([episode([1], [2]) for _ in range(3)])
 
 
 def test_what_the_buffer_shows_cannot_be_written_to():
