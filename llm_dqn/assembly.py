@@ -170,7 +170,9 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     stop_ids = frozenset(models.stop_token_ids(model, inputs.tokenizer))
     writer = Writer(network, inputs.tokenizer, stop_ids, args.max_completion_length)
     rank, world = accelerator.process_index, accelerator.num_processes
-    memory = PrefixReplay(args.capacity, args.gamma, args.truncated, models.vocabulary_hash(inputs.tokenizer))
+    scratch = Path(args.output_dir, f".replay-{rank:05d}.segment") if args.storage == "disk" else None
+    vocabulary = models.vocabulary_hash(inputs.tokenizer)
+    memory = PrefixReplay(args.capacity, args.gamma, args.truncated, vocabulary, scratch=scratch)
     fill_from_log(memory, writer, inputs.logged[rank::world])
     return Parts(
         accelerator=accelerator,

@@ -215,17 +215,20 @@ def _estimate(found: Findings, recipe: Recipe, model: PreTrainedModel) -> None:
     replay = recipe.replay.capacity * (4 * tokens + 8 * recipe.rollout.max_completion_length)
     saved = replay + (0 if recipe.lora is not None else 4 * total * 4)  # both networks and AdamW's two moments
     kept = (recipe.train.save_total_limit or 10) + 1
+    spilled = replay if recipe.replay.storage == "disk" else 0
+    where = " on disk beside its checkpoints" if spilled else ""
     found.lines.append(
-        f"replay: at most {replay / GIB:.2f} GiB; on disk: {kept} checkpoints of at most {saved / GIB:.2f} GiB"
+        f"replay: at most {replay / GIB:.2f} GiB{where}; on disk: {kept} checkpoints of at most {saved / GIB:.2f} GiB"
     )
     if recipe.train.output_dir is None:
         return
     target = Path(recipe.train.output_dir).absolute()
     there = next(parent for parent in (target, *target.parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    if free < kept * saved:
+    needed = kept * saved + spilled
+    if free < needed:
         found.problem(
-            "train.output_dir", f"{there} has {free / GIB:.1f} GiB free, the run may need {kept * saved / GIB:.1f}"
+            "train.output_dir", f"{there} has {free / GIB:.1f} GiB free, the run may need {needed / GIB:.1f}"
         )
 
 

@@ -235,6 +235,9 @@ class ReplaySection(Section):
     capacity: Annotated[Int, Field(ge=1)] = Field(
         default=4096, description="Episodes kept a process; the oldest go first."
     )
+    storage: Literal["memory", "disk"] = Field(
+        default="memory", description="Where their tokens lie; disk: in the run folder, mapped; for millions of them."
+    )
     learning_starts: Annotated[Int, Field(ge=1)] = Field(
         default=64, description="Episodes a process before the first update."
     )

@@ -26,8 +26,8 @@ rollout strength
 network rewards
 policy_network
 adapters policy replay row_stream data metrics console reward_functions report
-heads states vocabulary token_texts heatmap report_charts episode_store priority_tree reward_model reward_worker isolation
-tables models pages run_files calibration warning_signs
+heads states vocabulary token_texts heatmap report_charts episode_store reward_model reward_worker isolation
+tables models pages run_files calibration warning_signs priority_tree
 targets losses schedules recipe charts statistics references processes memory numerics resume
 offline recipe_changes
 recipe_problems recipe_sections shipped

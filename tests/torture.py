@@ -32,6 +32,7 @@ from typing import Any
 
 SETTINGS = {
     "replay.capacity": 72,  # the ring goes round
+    "replay.storage": "disk",
     "replay.learning_starts": 16,
     "replay.updates_per_collect": 3,
     "replay.prioritized": "true",
