@@ -134,8 +134,7 @@ class QNetwork(PolicyNetwork):
                 return soft_value(self._q_values(states, log_prior, role), log_prior, self.beta)
 
             return reduce_states(reduce, self._chunk, states)
-        soft = vocabulary.log_normalizer(states, rows, q_head.weight, 1 / self.beta)
-        return self.beta * (soft - vocabulary.log_normalizer(states, rows)) + q_head.bias
+        return self.beta * vocabulary.log_mean_exp(states, rows, q_head.weight, 1 / self.beta) + q_head.bias
 
     def _log_prior(self, states: Tensor, ref_states: Tensor, role: Role) -> Tensor:
         """(N, V) log prior(a|s): the reference for `lm`; the LM on the same trunk, or uniform, for `linear`."""

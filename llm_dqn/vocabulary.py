@@ -20,6 +20,7 @@ POSITIONS = 512  # swept together: enough to keep the arithmetic units busy
 # Logits held at a time: on a processor what its cache holds, elsewhere what keeps launches few.
 HELD_ON_CPU, HELD_ELSEWHERE = 2**19, 2**25
 FEWEST_TOKENS = 256  # a product of fewer rows is slow
+KEPT = 2**26  # numbers that one update keeps from forward to backward at most; beyond them it computes again
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,25 @@ def taken_logprobs(hidden: Tensor, actions: Tensor, rows: OutputRows) -> Tensor:
 
 def log_normalizer(hidden: Tensor, rows: OutputRows | None, weight: Tensor | None = None, scale: float = 1) -> Tensor:
     """Log sum_a exp(logit_a + scale w_a . h), (N, H) -> (N,), without gradient; `rows` or `weight` may be left out."""
-    parts = [_sweep(part, _Tiles(part, rows, weight, scale), False)[0] for part in hidden.detach().split(POSITIONS)]
-    return torch.cat(parts)
+    parts = _parts(hidden.detach())
+    return torch.cat([_sweep(part, _Tiles(part, rows, weight, scale), False)[0].log() for part in parts])
+
+
+@torch.no_grad()
+def log_mean_exp(hidden: Tensor, rows: OutputRows, weight: Tensor, scale: float) -> Tensor:
+    """Log sum_a softmax(logits)_a exp(scale w_a . h), (N, H) -> (N,), without gradient, in one sweep over both layers.
+
+    Exactly 0 for a `weight` of zeros.
+    """
+    results = []
+    for part in _parts(hidden):
+        prior, acting, states = _RunningSum(part), _RunningSum(part), part.float()
+        for tile in _Tiles(part, rows, weight, scale):
+            logits, _ = rows.bent(rows.raw(part, tile.start, tile.stop))
+            acting.add(torch.addmm(logits, states, weight[tile].T, alpha=scale))
+            prior.add(logits)
+        results.append(acting.log() - prior.log())
+    return torch.cat(results)
 
 
 def linear_taken(
@@ -73,7 +91,36 @@ def linear_taken(
 
     A trained layer (V, H) beside one that is not. Its gradient is made once for both, as it is as large as the layer.
     """
-    return _LinearTaken.apply(hidden, weight, actions, chosen, rows, scale)
+    keep = torch.is_grad_enabled() and weight.requires_grad
+    return _LinearTaken.apply(hidden, weight, actions, chosen, rows, scale, keep)
+
+
+def _parts(positions: Tensor) -> tuple[Tensor, ...]:
+    """Positions that are swept together, evenly: a sweep for the last four would read the whole layer for them."""
+    return positions.tensor_split(max(1, round(len(positions) / POSITIONS)))
+
+
+_Shares = tuple[Tensor, Tensor]  # exp(logits - highest) (N, tile), and the highest logit up to that tile (N, 1)
+
+
+class _RunningSum:
+    """log sum exp of logits that come a tile at a time, (N,)."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.highest = torch.full((len(hidden), 1), float("-inf"), device=hidden.device)
+        self.total = torch.zeros_like(self.highest)
+
+    def add(self, logits: Tensor) -> Tensor:
+        """Takes (N, tile) logits and leaves exp(logits - highest) in them; by what earlier terms shrink, (N, 1)."""
+        higher = torch.maximum(self.highest, logits.amax(1, keepdim=True))
+        shrink = (self.highest - higher).exp_()
+        shares = logits.sub_(higher).exp_()
+        self.total.mul_(shrink).add_(shares.sum(1, keepdim=True))
+        self.highest = higher
+        return shrink
+
+    def log(self) -> Tensor:
+        return (self.total.log() + self.highest).squeeze(1)
 
 
 class _Tiles:
@@ -96,10 +143,15 @@ class _Tiles:
             assert self.rows is not None
             logits, slope = self.rows.bent(self.rows.raw(hidden, tile.start, tile.stop))
             return logits, self.rows.weight[tile], slope
-        together = self.weight[tile] * self.scale
-        if self.rows is not None:  # one product for both layers
-            together += self.rows.weight[tile].float()
+        together = self.together(tile)
         return hidden.float() @ together.T, together, None
+
+    def together(self, tile: slice) -> Tensor:
+        """(tile, H) rows of both layers in one, for one product."""
+        assert self.weight is not None
+        if self.rows is None:
+            return self.weight[tile] * self.scale
+        return torch.add(self.rows.weight[tile].float(), self.weight[tile], alpha=self.scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,17 +160,17 @@ class _Tiles:
 
 
 @torch.no_grad()
-def _sweep(hidden: Tensor, tiles: _Tiles, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """(N,) log-normalisers and, where asked, their gradients by the hidden state, (N, H)."""
-    highest = torch.full((len(hidden), 1), float("-inf"), device=hidden.device)
-    total = torch.zeros_like(highest)
+def _sweep(
+    hidden: Tensor, tiles: _Tiles, with_gradient: bool, kept: list[_Shares] | None = None
+) -> tuple[_RunningSum, Tensor | None]:
+    """N sums and, where asked, gradients of their logarithms by the hidden state, (N, H); `kept` takes the shares."""
+    running = _RunningSum(hidden)
     gradient = torch.zeros(hidden.shape, device=hidden.device) if with_gradient else None
     for tile in tiles:
-        logits, rows, slope = tiles.at(hidden, tile)
-        higher = torch.maximum(highest, logits.amax(1, keepdim=True))
-        shrink = (highest - higher).exp_()
-        shares = logits.sub_(higher).exp_()
-        total.mul_(shrink).add_(shares.sum(1, keepdim=True))
+        shares, rows, slope = tiles.at(hidden, tile)
+        shrink = running.add(shares)
+        if kept is not None:
+            kept.append((shares, running.highest))
         if gradient is not None:
             shares = shares if slope is None else shares.mul_(slope)
             gradient.mul_(shrink)
@@ -126,8 +178,7 @@ def _sweep(hidden: Tensor, tiles: _Tiles, with_gradient: bool) -> tuple[Tensor, 
                 gradient.addmm_(shares, rows.float())
             else:
                 gradient.add_(shares.to(tiles.dtype) @ rows.to(tiles.dtype))
-        highest = higher
-    return (total.log() + highest).squeeze(1), None if gradient is None else gradient.div_(total)
+    return running, None if gradient is None else gradient.div_(running.total)
 
 
 class _TakenLogprobs(torch.autograd.Function):
@@ -136,10 +187,10 @@ class _TakenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, actions: Tensor, rows: OutputRows) -> Tensor:
         logprobs, gradients = [], []
-        for part, taken in zip(hidden.split(POSITIONS), actions.split(POSITIONS), strict=True):
-            normalizer, pull = _sweep(part, _Tiles(part, rows, None, 1.0), ctx.needs_input_grad[0])
+        for part, taken in zip(_parts(hidden), _parts(actions), strict=True):
+            running, pull = _sweep(part, _Tiles(part, rows, None, 1.0), ctx.needs_input_grad[0])
             logits, push = rows.taken(part, taken)
-            logprobs.append(logits - normalizer)
+            logprobs.append(logits - running.log())
             gradients.append(None if pull is None else push - pull)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(gradients))  # type: ignore[arg-type]
@@ -154,7 +205,10 @@ class _TakenLogprobs(torch.autograd.Function):
 
 
 class _LinearTaken(torch.autograd.Function):
-    """Sweeps again in backward, as the gradient of a layer needs what each position's part in the loss is."""
+    """Goes over the tokens again in backward: the gradient of a layer needs each position's part in the loss.
+
+    What the sweep of forward found is kept for that as long as it is small.
+    """
 
     @staticmethod
     def forward(
@@ -165,31 +219,46 @@ class _LinearTaken(torch.autograd.Function):
         chosen: Tensor,
         rows: OutputRows | None,
         scale: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         states = hidden.float()
-        normalizer = log_normalizer(states[chosen], rows, weight, scale)
-        ctx.save_for_backward(hidden, weight, actions, chosen, normalizer)
+        ctx.kept, sums, room = [], [], KEPT
+        for places in _parts(chosen):
+            part = states[places]
+            room -= len(places) * len(weight)
+            kept: list[_Shares] | None = [] if keep and room >= 0 else None
+            sums.append(_sweep(part, _Tiles(part, rows, weight, scale), False, kept)[0])
+            ctx.kept.append(kept or [])
+        highest, total = torch.cat([one.highest for one in sums]), torch.cat([one.total for one in sums])
+        ctx.save_for_backward(hidden, weight, actions, chosen, highest, total)
         ctx.rows, ctx.scale = rows, scale
-        return torch.linalg.vecdot(states, weight[actions]), normalizer
+        return torch.linalg.vecdot(states, weight[actions]), (total.log() + highest).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_taken: Tensor, grad_normalizer: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None]:
-        hidden, weight, actions, chosen, normalizer = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+        hidden, weight, actions, chosen, highest, total = ctx.saved_tensors
         states = hidden.float()
         by_hidden = grad_taken.unsqueeze(-1) * weight[actions]
-        by_weight = torch.zeros_like(weight).index_add_(0, actions, grad_taken.unsqueeze(-1) * states)
-        pieces = zip(*(flat.split(POSITIONS) for flat in (chosen, normalizer, grad_normalizer)), strict=True)
-        for places, known, share in pieces:
+        by_weight = torch.empty_like(weight) if len(chosen) else torch.zeros_like(weight)
+        shares = grad_normalizer.unsqueeze(1) / total
+        pieces = zip(_parts(chosen), _parts(highest), _parts(shares), ctx.kept, strict=True)
+        for number, (places, top, share, kept) in enumerate(pieces):
             part = states[places]
             tiles = _Tiles(part, ctx.rows, weight, ctx.scale)
             pull = torch.zeros_like(part)
-            for tile in tiles:
-                logits, rows, _ = tiles.at(part, tile)
-                probs = logits.sub_(known.unsqueeze(1)).exp_().mul_(share.unsqueeze(1))
+            for tile in tiles if len(places) else ():
+                if kept:
+                    (probs, so_far), rows = kept.pop(0), tiles.together(tile)
+                    probs.mul_((so_far - top).exp_().mul_(share))
+                else:
+                    logits, rows, _ = tiles.at(part, tile)
+                    probs = logits.sub_(top).exp_().mul_(share)
                 pull.addmm_(probs, rows)
-                by_weight[tile].addmm_(probs.T, part, alpha=ctx.scale)
+                out = by_weight[tile]
+                torch.addmm(out, probs.T, part, beta=min(number, 1), alpha=ctx.scale, out=out)
             by_hidden.index_add_(0, places, pull)
-        return by_hidden.to(hidden.dtype), by_weight, None, None, None, None
+        by_weight.index_add_(0, actions, grad_taken.unsqueeze(-1) * states)
+        return by_hidden.to(hidden.dtype), by_weight, None, None, None, None, None
