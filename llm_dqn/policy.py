@@ -66,6 +66,34 @@ class UniformExploration(LogitsProcessor):
         return torch.where(explores.unsqueeze(1), only, scores)
 
 
+class TakenLogprobs(LogitsProcessor):
+    """Changes nothing, and notes the log-probability of each token that is taken, which comes one call later.
+
+    It stands after the mask of invalid tokens and before whatever makes another policy of the model's own.
+    """
+
+    def __init__(self) -> None:
+        self._scores: Tensor | None = None
+        self._columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, rows) -> the same."""
+        self._note(input_ids)
+        self._scores = scores
+        return scores
+
+    def finish(self, output: Tensor) -> Tensor:
+        """(B, new tokens) float32 log-probabilities of the tokens that were added to make `output` (B, all tokens)."""
+        self._note(output)
+        self._scores = None
+        return torch.stack(self._columns, dim=1)
+
+    def _note(self, ids: Tensor) -> None:
+        if self._scores is not None:
+            taken = self._scores.gather(1, ids[:, -1:]).squeeze(1)
+            self._columns.append(taken - self._scores.logsumexp(1))
+
+
 def generation_config(
     policy: BehaviourPolicy, max_completion_length: int, stop_token_ids: set[int], pad_token_id: int
 ) -> GenerationConfig:
@@ -87,9 +115,9 @@ def generation_config(
     )
 
 
-def logits_processors(policy: BehaviourPolicy, num_tokens: int) -> LogitsProcessorList:
-    """What happens to the logits before a token is drawn."""
-    processors = LogitsProcessorList([MaskInvalidTokens(num_tokens)])
+def logits_processors(policy: BehaviourPolicy, num_tokens: int, watch: LogitsProcessor) -> LogitsProcessorList:
+    """What happens to the logits before a token is drawn. watch: what sees the model's own, before any exploration."""
+    processors = LogitsProcessorList([MaskInvalidTokens(num_tokens), watch])
     if policy.explore == "uniform" and policy.epsilon > 0:
         processors.append(UniformExploration(policy.epsilon, num_tokens))
     return processors

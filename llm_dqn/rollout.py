@@ -2,35 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import LogitsProcessor
 
 from llm_dqn.adapters import Role
+from llm_dqn.engines import NOT_FINITE, Request, Writer, Written, write
 from llm_dqn.errors import RunError
-from llm_dqn.network import QNetwork
-from llm_dqn.policy import BehaviourPolicy, generation_config, logits_processors, sampled
+from llm_dqn.policy import BehaviourPolicy, sampled
 from llm_dqn.replay import collate_tokens
 from llm_dqn.types import Episode, Prompt
 
-
-@dataclass(frozen=True)
-class Writer:
-    """What writing needs besides a policy: the network, its tokenizer, and where completions stop."""
-
-    network: QNetwork
-    tokenizer: PreTrainedTokenizerBase
-    stop_token_ids: frozenset[int]
-    max_completion_length: int
-    batch_size: int = 64  # completions generated at a time
+__all__ = ["Writer", "describe", "rollout", "verify_generator"]
 
 
 def rollout(
@@ -58,43 +43,42 @@ def rollout(
             rows = mask.nonzero().flatten().tolist()
             # Prompts of like length share a batch, so that little is padded.
             rows.sort(key=lambda row: len(prompts[row].ids))
+            asked = [prompts[row] for row in rows]
+            request = Request(asked, policy, role, 2 * seed + (role == "online"), extra)
+            written = write(writer, request) if rows else []
             for start in range(0, len(rows), writer.batch_size):
-                part = rows[start : start + writer.batch_size]
-                written = _write(writer, [prompts[row] for row in part], policy, role, extra)
-                episodes.update(zip(part, written, strict=True))
+                part = slice(start, start + writer.batch_size)
+                described = _episodes(writer, asked[part], written[part], role)
+                episodes.update(zip(rows[part], described, strict=True))
     return [replace(episodes[row], policy_version=policy_version) for row in range(len(prompts))]
 
 
-def _write(
+def _episodes(writer: Writer, prompts: Sequence[Prompt], written: Sequence[Written], role: Role) -> list[Episode]:
+    """What an engine wrote in that role. What it says of its own tokens is not asked a second time."""
+    completions = [ids for ids, _ in written]
+    told = [logprobs for _, logprobs in written if logprobs is not None and role == "online"]
+    return describe(writer, prompts, completions, told if len(told) == len(written) else None)
+
+
+def describe(
     writer: Writer,
     prompts: Sequence[Prompt],
-    policy: BehaviourPolicy,
-    role: Role,
-    extra: Callable[[Tensor], LogitsProcessor] | None,
+    completions: Sequence[Tensor],
+    logprobs: Sequence[Tensor] | None = None,
 ) -> list[Episode]:
-    config, processors, inputs = _request(writer, prompts, policy)
-    if extra is not None:
-        processors.append(extra(inputs["attention_mask"]))
-    with writer.network.writer(role) as model, _clean_defaults(model), _nan_explained():
-        output = model.generate(**inputs, generation_config=config, logits_processor=processors)
-    written = output[:, inputs["input_ids"].shape[1] :].cpu()  # (B, new tokens), padded after the stop token
-    if len(written) != len(prompts):
-        raise RunError(f"{len(prompts)} completions were asked of the engine and {len(written)} came back")
-    return describe(writer, prompts, [_until_stop(row, writer.stop_token_ids) for row in written])
-
-
-def describe(writer: Writer, prompts: Sequence[Prompt], completions: Sequence[Tensor]) -> list[Episode]:
     """Given completions (T,) as episodes, with the reference's and the online policy's log-probabilities.
 
-    Raises RunError where these are not finite: greedy generation from NaN logits writes token 0 without a word.
+    logprobs: the online policy's, (T,) each, where they are known. Raises RunError where any are not finite: greedy
+    generation from NaN logits writes token 0 without a word.
     """
     network = writer.network
     prompt_ids = [torch.tensor(prompt.ids) for prompt in prompts]
     tokens = collate_tokens(prompt_ids, completions).to(network.device)
     ref_logprobs = network.logprobs(tokens, "reference").cpu()
-    logprobs = network.logprobs(tokens, "online").cpu()
+    if logprobs is None:
+        logprobs = list(network.logprobs(tokens, "online").cpu())
     _require_finite(ref_logprobs, "base")
-    _require_finite(logprobs, "tuned")
+    _require_finite(torch.cat(list(logprobs)), "tuned")
     return [
         Episode(
             prompt=prompt.prompt,
@@ -102,7 +86,7 @@ def describe(writer: Writer, prompts: Sequence[Prompt], completions: Sequence[Te
             prompt_ids=prompt_ids[i],
             completion_ids=ids,
             ref_logprobs=ref_logprobs[i, : len(ids)],
-            behaviour_logprobs=logprobs[i, : len(ids)],
+            behaviour_logprobs=logprobs[i][: len(ids)],
             ended="eos" if int(ids[-1]) in writer.stop_token_ids else "length",
             columns=prompt.columns,
         )
@@ -110,63 +94,9 @@ def describe(writer: Writer, prompts: Sequence[Prompt], completions: Sequence[Te
     ]
 
 
-def _request(
-    writer: Writer, prompts: Sequence[Prompt], policy: BehaviourPolicy
-) -> tuple[GenerationConfig, LogitsProcessorList, dict[str, Tensor]]:
-    pad = writer.tokenizer.pad_token_id
-    config = generation_config(policy, writer.max_completion_length, set(writer.stop_token_ids), pad)
-    processors = logits_processors(policy, writer.network.num_tokens)
-    longest = max(len(prompt.ids) for prompt in prompts)
-    input_ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        attention_mask[row, longest - len(prompt.ids) :] = 1
-    device = writer.network.device
-    return config, processors, {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-
-
-@contextmanager
-def _clean_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Hides the model's own generation defaults, which `generate` mixes into what we ask for (a repetition penalty,
-    say): the learner would then judge another policy than the one that wrote.
-    """
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-NOT_FINITE = (
-    "the {which} model's probabilities are not finite: its weights hold NaN or infinity, or its arithmetic overflows; "
-    "look at the weights file, or compute in another model.dtype (float16 overflows where bfloat16 does not)"
-)
-
-
 def _require_finite(values: Tensor, which: str) -> None:
     if not values.isfinite().all():
         raise RunError(NOT_FINITE.format(which=which))
-
-
-@contextmanager
-def _nan_explained() -> Iterator[None]:
-    """Sampling from NaN fails in words that nobody understands."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "probability tensor contains" not in str(error):
-            raise
-        raise RunError(NOT_FINITE.format(which="writing")) from error
-
-
-def _until_stop(ids: Tensor, stop_token_ids: frozenset[int]) -> Tensor:
-    """Cuts a row after its first stop token, which stays."""
-    for position, token in enumerate(ids.tolist()):
-        if token in stop_token_ids:
-            return ids[: position + 1]
-    return ids
 
 
 # Nats by which generator and learner may differ about one token: float32, and coarser arithmetic.
@@ -182,31 +112,66 @@ def _verify_finite(writer: Writer, prompts: Sequence[Prompt]) -> None:
 
 
 def verify_generator(writer: Writer, prompts: Sequence[Prompt]) -> None:
-    """Asserts that what generates is what learns: both give the tokens of a few completions the same log-probability.
+    """Asserts that what writes is what learns: both give the tokens of a few completions the same log-probability.
 
-    A generator that ignores the adapter, or positions a padded prompt wrongly, would otherwise train for days on
-    nothing. Raises RunError with the largest difference, and for probabilities or values that are not finite.
+    An engine that ignores the adapter, or positions a padded prompt wrongly, would otherwise train for days on nothing.
+    A server is tried with an adapter that differs from the base. Raises RunError with the largest difference, and for
+    probabilities or values that are not finite.
     """
-    tolerance = TOLERANCE if writer.network.full_precision else COARSE_TOLERANCE
     prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))
     prompts = [prompts[0], prompts[-1]]  # different lengths, so that padding is tried
     _verify_finite(writer, prompts)
-    config, processors, inputs = _request(writer, prompts, sampled())
-    config.max_new_tokens = min(8, writer.max_completion_length)
-    config.update(output_logits=True, return_dict_in_generate=True)
-    cuda = [writer.network.device] if writer.network.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), writer.network.writer("online") as model, _clean_defaults(model):
+    probe = replace(writer, max_completion_length=min(8, writer.max_completion_length))
+    if writer.server is None:
+        _verify_role(probe, prompts, "online")
+        return
+    _verify_role(probe, prompts, "reference")
+    with _away_from_base(probe, prompts):
+        _verify_role(probe, prompts, "online")
+
+
+def _verify_role(writer: Writer, prompts: Sequence[Prompt], role: Role) -> None:
+    network = writer.network
+    # A server computes in a precision of its own.
+    tolerance = TOLERANCE if network.full_precision and writer.server is None else COARSE_TOLERANCE
+    cuda = [network.device] if network.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(0)
-        output = model.generate(**inputs, generation_config=config, logits_processor=processors)
-    logits = torch.stack(output.logits, dim=1)[..., : writer.network.num_tokens].float().log_softmax(-1).cpu()
-    for row, prompt in enumerate(prompts):
-        new_ids = output.sequences[row, inputs["input_ids"].shape[1] :].cpu()
-        ids = _until_stop(new_ids, writer.stop_token_ids)
-        generated = logits[row, : len(ids)].gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        tokens = collate_tokens([torch.tensor(prompt.ids)], [ids]).to(writer.network.device)
-        difference = (generated - writer.network.logprobs(tokens, "online").cpu()[0]).abs().max().item()
+        written = write(writer, Request(prompts, sampled(), role, seed=0))
+    for prompt, (ids, generated) in zip(prompts, written, strict=True):
+        assert generated is not None  # of plain sampling every engine knows them
+        tokens = collate_tokens([torch.tensor(prompt.ids)], [ids]).to(network.device)
+        difference = (generated - network.logprobs(tokens, role).cpu()[0]).abs().max().item()
         if not difference <= tolerance:
             raise RunError(
                 f"the generator and the learner disagree by {difference:.3g} nats about the same tokens (allowed: "
-                f"{tolerance:g}); completions would come from another policy than the one that is trained"
+                f"{tolerance:g}, engine {writer.engine}, {role} policy); completions would come from another policy "
+                "than the one that is trained"
             )
+
+
+@contextmanager
+def _away_from_base(writer: Writer, prompts: Sequence[Prompt]) -> Iterator[None]:
+    """Moves the adapter until both policies differ by far more than is allowed, and puts it back bit for bit.
+
+    A fresh adapter says what the base says, so a server that ignores it would not be noticed.
+    """
+    network = writer.network
+    tuned = [parameter for parameter in network.model.parameters() if parameter.requires_grad]
+    kept = [parameter.detach().clone() for parameter in tuned]
+    tokens = collate_tokens([torch.tensor(p.ids) for p in prompts], [torch.tensor(p.ids[-4:]) for p in prompts])
+    tokens = tokens.to(network.device)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for scale in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32):
+                for parameter in tuned:
+                    parameter += (scale * torch.randn(parameter.shape, generator=generator)).to(parameter)
+                apart = network.logprobs(tokens, "online") - network.logprobs(tokens, "reference")
+                if apart.abs().max() > 10 * COARSE_TOLERANCE:
+                    break
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(tuned, kept, strict=True):
+                parameter.copy_(value)
