@@ -17,10 +17,12 @@ from llm_dqn.errors import UserError
 from llm_dqn.launch import accelerator_for
 from llm_dqn.network import Backup, QNetwork
 from llm_dqn.recipe import FLAT_SECTIONS, DQNConfig, Recipe, dump_recipe, with_resolved_paths
+from llm_dqn.reduction import share_from_first
 from llm_dqn.replay import PrefixReplay, SamplingRule
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, describe
 from llm_dqn.types import PrefixBatch, Prompt, QOutput
+from llm_dqn.vllm_server import VLLMServer
 
 ReturnsRule = Callable[[PrefixBatch, QOutput], Tensor]  # (batch, target network's output) -> td_target (B, T)
 LossRule = Callable[[QOutput, Tensor, Tensor, Tensor], Tensor]  # (online output, td_target, mask, count) -> scalar
@@ -50,8 +52,7 @@ class Parts:
     """The boxes of the textbook diagram, ready to be wired by the loop."""
 
     accelerator: Accelerator
-    network: QNetwork  # acts, values, saves
-    model: nn.Module  # the same behind Accelerate: what gradients flow through
+    network: QNetwork
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     trainable: list[nn.Parameter]
@@ -66,10 +67,11 @@ class Parts:
     td_loss: LossRule
     epsilon: schedules.Schedule
 
-    def total(self, value: Tensor | float) -> Tensor:
-        """The sum of a number over all processes."""
-        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
-        return self.accelerator.reduce(tensor, reduction="sum")
+    def totals(self, *values: Tensor | float) -> Tensor:
+        """(n,) sums of some numbers over all processes, in one message."""
+        device = self.accelerator.device
+        numbers = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+        return self.accelerator.reduce(numbers, reduction="sum")
 
 
 def settings_of(recipe: Recipe) -> DQNConfig:
@@ -157,18 +159,18 @@ def with_learning_rate(args: DQNConfig, lora: LoraConfig | None) -> DQNConfig:
 
 def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     """Wires the parts; after this nothing is missing that training needs. `args` has its learning rate."""
-    # A linear head leaves the LM's output layer without gradient.
-    accelerator = accelerator_for(find_unused_parameters=args.q_head == "linear")
+    accelerator = accelerator_for()
     model = inputs.model
     torch.manual_seed(args.seed)  # LoRA and heads start alike on every process
     network = network_for(args, inputs, accelerator.device, args.target)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    if accelerator.num_processes > 1:
+        share_from_first(network.checkpoint_state().values())
     optimizer = optimizer_for(network, args)
-    prepared, optimizer = accelerator.prepare(network, optimizer)
-    stop_ids = frozenset(models.stop_token_ids(model, inputs.tokenizer))
-    writer = Writer(network, inputs.tokenizer, stop_ids, args.max_completion_length)
+    optimizer = accelerator.prepare(optimizer)  # the network stays as it is: `reduction` sums its gradients
+    writer = writer_for(args, inputs, network)
     rank, world = accelerator.process_index, accelerator.num_processes
     scratch = Path(args.output_dir, f".replay-{rank:05d}.segment") if args.storage == "disk" else None
     vocabulary = models.vocabulary_hash(inputs.tokenizer)
@@ -177,7 +179,6 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     return Parts(
         accelerator=accelerator,
         network=network,
-        model=prepared,
         optimizer=optimizer,
         scheduler=get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps),
         trainable=[parameter for parameter in network.parameters() if parameter.requires_grad],
@@ -209,6 +210,20 @@ def network_for(args: DQNConfig, inputs: Inputs, device: torch.device, target: L
         uniform_prior=args.prior == "uniform",
         bf16=args.bf16,
     ).to(device)
+
+
+def writer_for(args: DQNConfig, inputs: Inputs, network: QNetwork) -> Writer:
+    """What writes a run's completions, by the engine that was asked for. Raises UserError where that cannot be had."""
+    server = None
+    if args.engine == "vllm":
+        if not network.has_adapter:
+            raise UserError(
+                "rollout.engine: vllm needs an adapter to hand to the server; set lora, or engine: generate"
+            )
+        server = VLLMServer(str(args.vllm_url), args.vllm_folder)
+    stop_ids = frozenset(models.stop_token_ids(inputs.model, inputs.tokenizer))
+    length = args.max_completion_length
+    return Writer(network, inputs.tokenizer, stop_ids, length, engine=args.engine, server=server)
 
 
 def optimizer_for(network: QNetwork, args: DQNConfig) -> torch.optim.Optimizer:
@@ -262,7 +277,9 @@ def sampling_rule(args: DQNConfig) -> SamplingRule:
     """Which stored episodes are learned from."""
     if args.prioritized:
         return replay.prioritized()
-    return replay.success_biased(args.success_share) if args.success_share > 0 else replay.uniform()
+    if args.success_share == 0:
+        return replay.uniform()
+    return replay.success_biased(args.success_share, args.success_odds)
 
 
 def fill_from_log(memory: PrefixReplay, writer: Writer, logged: Sequence[data.LoggedRow]) -> None:

@@ -1,6 +1,6 @@
 """Who asks the rewards when several processes run: each for what it wrote, or the main one for all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from llm_dqn.evaluation import judged_in_place
@@ -16,7 +16,8 @@ class Judges:
 
     on_main: only process 0 calls them, once for what all processes wrote, and tells the others: for a judge behind a
     rate limit, or one of which there is a single copy. Otherwise every process calls them for its own part.
-    All processes call these methods together; what fails on one of them fails on all, naming it.
+    All processes call these methods together; what fails on one of them fails on all, naming it, but for `own` where
+    each calls for itself: it may then be part of something longer on which the processes agree once.
     """
 
     def __init__(self, rewards: Rewards, processes: Processes, on_main: bool) -> None:
@@ -26,11 +27,27 @@ class Judges:
     def own(self, episodes: Sequence[Episode]) -> Judged:
         """What the rewards say of this process's episodes, which differ from those of the others."""
         if not self.on_main:
-            return self.processes.agree(lambda: judged_in_place(self.rewards, episodes))
+            return judged_in_place(self.rewards, episodes)
         everyone = self.processes.gather(list(episodes))
         judged = self._by_main([episode for part in everyone for episode in part])
         start = sum(len(part) for part in everyone[: self.processes.rank])
         return judged[start : start + len(episodes)]
+
+    def after(
+        self, write: Callable[[], list[Episode]], judge: Callable[[list[Episode]], list[Episode]]
+    ) -> tuple[int, list[Episode]]:
+        """(how many `write` gives, what `judge`, which calls `own`, makes of them). The processes agree on both at once
+        where they can: one that has written need not wait for the others before it asks its judge.
+        """
+        if self.on_main:
+            episodes = self.processes.agree(write)
+            return len(episodes), judge(episodes)
+
+        def both() -> tuple[int, list[Episode]]:
+            episodes = write()
+            return len(episodes), judge(episodes)
+
+        return self.processes.agree(both)
 
     def common(self, batches: Sequence[Sequence[Episode]]) -> list[Judged]:
         """What they say of whole batches that all processes have alike; the answer is the same on all."""

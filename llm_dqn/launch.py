@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from llm_dqn.errors import RunError, UserError
 
@@ -110,7 +109,7 @@ def _asked_of_accelerate() -> int:
     return load_config_from_file(known).num_processes if known and not options.cpu else 1
 
 
-def accelerator_for(find_unused_parameters: bool) -> Accelerator:
+def accelerator_for() -> Accelerator:
     """Accelerate on whatever started this process. Without a GPU several processes talk over gloo.
 
     Raises RunError when fewer processes run than were asked for: a second one that silently did not start would train
@@ -121,7 +120,6 @@ def accelerator_for(find_unused_parameters: bool) -> Accelerator:
     accelerator = Accelerator(
         cpu=several and not torch.cuda.is_available(),
         mixed_precision="no",  # train.bf16 reaches all roles alike
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
     wanted = int(os.environ.get(WORLD_SIZE, os.environ.get("WORLD_SIZE", "1")))
     if accelerator.num_processes != wanted:

@@ -1,6 +1,6 @@
 """One learner step: losses, gradient, and what keeps a broken one out of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,14 +8,18 @@ from torch import Tensor
 from llm_dqn import losses
 from llm_dqn.assembly import Parts
 from llm_dqn.logbook import Logbook
+from llm_dqn.memory import Attempt, RanOutTogether
 from llm_dqn.numerics import NonFiniteSteps, all_finite, faulty_rows
 from llm_dqn.processes import Processes
+from llm_dqn.reduction import sum_gradients
+from llm_dqn.signals import StopRequest
 from llm_dqn.types import PrefixBatch, QOutput, TDTarget
 
 
 class Learner:
     """Turns batches and their targets into optimizer steps.
 
+    stop: what this process was asked; `stopping` says after each step whether any of them was.
     max_grad_norm: longer gradients are scaled down to this. prioritized: errors become priorities of the replay.
     advantage_weight, expectile, cql_weight: terms beside the TD error, see `losses`; 0 or None leaves them out.
     """
@@ -26,6 +30,7 @@ class Learner:
         logbook: Logbook,
         processes: Processes,
         nonfinite: NonFiniteSteps,
+        stop: StopRequest,
         *,
         max_grad_norm: float,
         prioritized: bool,
@@ -34,26 +39,27 @@ class Learner:
         cql_weight: float,
     ) -> None:
         self.parts, self.logbook, self.processes, self.nonfinite = parts, logbook, processes, nonfinite
-        self.accelerator = parts.accelerator
+        self.accelerator, self.stop, self.stopping = parts.accelerator, stop, False
         self.max_grad_norm, self.prioritized = max_grad_norm, prioritized
         self.advantage_weight, self.expectile, self.cql_weight = advantage_weight, expectile, cql_weight
 
-    def update(self, step: int, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget]) -> None:
+    def update(self, step: int, batches: Sequence[PrefixBatch], td_target: Callable[[PrefixBatch], TDTarget]) -> None:
         """One optimizer step on a mean over all action tokens of the batches, on all processes.
 
         It is left out, on all of them, when a loss or the gradient is not finite anywhere, or nothing is to be learned.
+        Raises RanOutTogether on all of several processes when memory ran out on one.
         """
-        count = self.parts.total(sum(batch.action_mask.sum() for batch in batches))
-        weight = self.parts.total(sum(target.advantages.clamp(min=0).sum() for target in td_targets))
-        checked, outputs = [], []
-        for batch, target in zip(batches, td_targets, strict=True):
-            loss, q = self.loss(batch, target, count, weight)
-            self.accelerator.backward(loss * self.accelerator.num_processes)  # gradients are averaged
-            checked.append(loss)
-            outputs.append(q)
+        attempt = Attempt(alone=self.processes.world == 1)
+        td_targets: list[TDTarget] = attempt.do(lambda: [td_target(batch) for batch in batches], [])
+        count, weight = self.parts.totals(
+            sum(batch.action_mask.sum() for batch in batches),
+            sum(target.advantages.clamp(min=0).sum() for target in td_targets),
+        )
+        nothing: tuple[list[QOutput], Tensor] = [], count > 0
+        outputs, usable = attempt.do(lambda: self.backward(batches, td_targets, count, weight), nothing)
+        usable = self.summed(attempt, usable)
         norm = self.accelerator.clip_grad_norm_(self.parts.trainable, self.max_grad_norm)
-        unusable = ~all_finite([norm, *checked]) | (count == 0)
-        if self.parts.total(unusable) == 0:
+        if usable & norm.isfinite():
             self.parts.optimizer.step()
             self.nonfinite.passed()
             self.learned(batches, td_targets, outputs, norm)
@@ -61,6 +67,32 @@ class Learner:
             self.nonfinite.skipped(step, self.blame(batches, td_targets, outputs))
         self.parts.scheduler.step()
         self.parts.optimizer.zero_grad()
+
+    def backward(
+        self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget], count: Tensor, weight: Tensor
+    ) -> tuple[list[QOutput], Tensor]:
+        """Adds this process's part of the gradient; the outputs, and () bool: whether all losses can be used."""
+        losses_here, outputs = [], []
+        for batch, target in zip(batches, td_targets, strict=True):
+            loss, q = self.loss(batch, target, count, weight)
+            self.accelerator.backward(loss)
+            losses_here.append(loss)
+            outputs.append(q)
+        return outputs, all_finite(losses_here) & (count > 0)
+
+    def summed(self, attempt: Attempt, usable: Tensor) -> Tensor:
+        """Sums gradients over processes, and tells how each fared; () bool: whether all can learn from theirs."""
+        if attempt.alone:
+            return usable
+        here = [~usable, bool(attempt.reason), self.stop.requested is not None]
+        told = torch.stack([torch.as_tensor(fact, dtype=torch.float32, device=usable.device) for fact in here])
+        unusable, ran_out, asked = sum_gradients(self.parts.trainable, told).tolist()
+        self.stopping = asked > 0
+        if ran_out:
+            reasons = self.processes.gather(attempt.reason)
+            rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+            raise RanOutTogether(f"on process {rank}: {reason}", bool(attempt.reason))
+        return torch.tensor(unusable == 0, device=usable.device)
 
     def learned(
         self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget], outputs: Sequence[QOutput], norm: Tensor
@@ -91,7 +123,7 @@ class Learner:
         """The TD loss with the terms beside it that the settings ask for, and the online Q-values behind it."""
         mask = batch.action_mask
         raised = target.advantages > 0 if self.advantage_weight > 0 else torch.zeros_like(mask)
-        q = self.parts.model(batch, raised, self.cql_weight > 0)
+        q = self.parts.network(batch, raised, self.cql_weight > 0)
         loss = self.parts.td_loss(q, target.returns, mask, count)
         if self.advantage_weight > 0:
             raised = losses.advantage_weighted_nll(q.logprobs, target.advantages.clamp(min=0), mask, weight)

@@ -1,4 +1,8 @@
-"""When memory runs out: half as many rows at a time, once; the second time is the end."""
+"""When memory runs out: half as many rows at a time, once; the second time is the end.
+
+Several processes that learn together begin again together: `Attempt` holds back the error of the one whose memory ran
+out until all have met in the sum of their gradients, where the others hear of it.
+"""
 
 import gc
 from collections.abc import Callable
@@ -16,15 +20,51 @@ class OutOfMemory(StepFailed):
     """Even half of the rows at a time were too many."""
 
 
+class RanOutTogether(RuntimeError):
+    """Memory ran out somewhere; every process raises this at the same place. here: whether on this one."""
+
+    def __init__(self, reason: str, here: bool) -> None:
+        super().__init__(reason)
+        self.here = here
+
+
+class Attempt:
+    """Work that all processes do side by side, in pieces, and in which memory may run out on some of them.
+
+    alone: nobody waits for this process, so errors go their way at once.
+    """
+
+    def __init__(self, alone: bool) -> None:
+        self.alone = alone
+        self.reason = ""  # what the allocator said when memory ran out here
+
+    def do(self, work: Callable[[], T], otherwise: T) -> T:
+        """What `work` returns; `otherwise` when memory runs out, here or in a piece before."""
+        if self.alone:
+            return work()
+        if not self.reason:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                self.reason = str(error) or "no reason given"
+            _free()
+        return otherwise
+
+
 class MicroBatch:
     """How many rows go through the model at a time in one kind of work.
 
-    work: its name for people. cure: what to set lower for good. say: where a line for people goes.
+    work: its name for people. cure: what to set lower for good. say: where a line for people goes. agree: of the
+    processes that begin again together, and then only after RanOutTogether; None where each does so for itself.
     """
 
-    def __init__(self, size: int, work: str, cure: str, say: Callable[[str], None], may_halve: bool = True) -> None:
-        self.size, self.work, self.cure, self.say = size, work, cure, say
-        self.may_halve = may_halve
+    def __init__(
+        self, size: int, work: str, cure: str, say: Callable[[str], None], agree: Callable | None = None
+    ) -> None:
+        self.size, self.work, self.cure, self.say, self.agree = size, work, cure, say, agree
+        self.may_halve = True
 
     def run(self, work: Callable[[int], T], rows: int) -> T:
         """`work(size)` on so many rows; when memory runs out, again with half the size.
@@ -35,20 +75,32 @@ class MicroBatch:
             try:
                 return work(self.size)
             except RuntimeError as error:
-                if not ran_out(error):
+                if not (ran_out(error) if self.agree is None else isinstance(error, RanOutTogether)):
                     raise
-                self._halve(min(self.size, rows), str(error))
+                self._halve(min(self.size, rows), error)
             # only here, where the error no longer holds on to the tensors of what failed, can memory be freed
-            gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            _free()
 
-    def _halve(self, rows: int, reason: str) -> None:
-        if not self.may_halve or rows == 1:
-            first = reason.splitlines()[0] if reason else "no reason given"
-            raise OutOfMemory(f"out of memory while {self.work}, {rows} rows at a time ({first}); {self.cure}")
-        self.say(f"out of memory while {self.work}, {rows} rows at a time: from now on {rows // 2}")
-        self.size, self.may_halve = rows // 2, False
+    def _halve(self, rows: int, error: RuntimeError) -> None:
+        if self.may_halve and rows > 1:
+            self.say(f"out of memory while {self.work}, {rows} rows at a time: from now on {rows // 2}")
+            self.size, self.may_halve = rows // 2, False
+            return
+        first = str(error).splitlines()[0] if str(error) else "no reason given"
+        failure = OutOfMemory(f"out of memory while {self.work}, {rows} rows at a time ({first}); {self.cure}")
+        if self.agree is not None:
+            self.agree(lambda: _fail(failure) if getattr(error, "here", True) else None)
+        raise failure
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def writing_batch(size: int, say: Callable[[str], None]) -> MicroBatch:
@@ -57,10 +109,10 @@ def writing_batch(size: int, say: Callable[[str], None]) -> MicroBatch:
     return MicroBatch(size, "writing completions", cure, say)
 
 
-def learning_batch(size: int, say: Callable[[str], None], alone: bool) -> MicroBatch:
-    """Episodes in a forward and backward pass, in which processes wait for one another: none can begin again alone."""
+def learning_batch(size: int, say: Callable[[str], None], agree: Callable | None) -> MicroBatch:
+    """Episodes in a forward and backward pass. agree: see `MicroBatch`."""
     cure = "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps"
-    return MicroBatch(size, "learning", cure, say, may_halve=alone)
+    return MicroBatch(size, "learning", cure, say, agree)
 
 
 def ran_out(error: BaseException) -> bool:

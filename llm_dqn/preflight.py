@@ -254,7 +254,7 @@ def _one_step(
             trainer.collect()
             collected = time.perf_counter()
             batch = trainer.sample()
-            trainer.update([batch], [trainer.td_target(batch)])
+            trainer.update([batch])
             return collected - started, time.perf_counter() - collected, trainer.replay.rewards.tolist()
 
     done = found.attempt("train", step)

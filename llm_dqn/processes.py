@@ -86,7 +86,9 @@ class Processes:
             result = work()
         except Exception as error:
             failure = self._post(error)
-        for first in self.gather(failure):
+        failed = torch.tensor(0.0 if failure is None else 1.0, device=self.device)
+        dist.all_reduce(failed)  # one short message; what went wrong needs longer ones
+        for first in self.gather(failure) if failed > 0 else ():
             if first is not None:
                 self._known, self._agreed = first, True
                 raise _error_of(first)

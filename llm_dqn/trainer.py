@@ -101,16 +101,18 @@ class DQNTrainer(Checkpointed):
             run_name=args.run_name,
             keep_checkpoints=args.save_total_limit,
         )
-        say, alone = self.logbook.say, parts.accelerator.num_processes == 1
+        say = self.logbook.say
         self.processes = Processes(
             parts.accelerator.process_index, parts.accelerator.num_processes, parts.network.device
         )
         self.nonfinite = NonFiniteSteps(args.max_nonfinite_steps, say, self.logbook.last_checkpoint)
+        self.stop = StopRequest()
         self.learner = Learner(
             parts,
             self.logbook,
             self.processes,
             self.nonfinite,
+            self.stop,
             max_grad_norm=args.max_grad_norm,
             prioritized=args.prioritized,
             advantage_weight=args.advantage_weight,
@@ -119,11 +121,11 @@ class DQNTrainer(Checkpointed):
         )
         self.q_alarm = QAlarm(args.beta, say)
         self.writing = writing_batch(parts.writer.batch_size, say)
-        self.learning = learning_batch(args.per_device_train_batch_size, say, alone)
+        agree = self.processes.agree if self.processes.world > 1 else None
+        self.learning = learning_batch(args.per_device_train_batch_size, say, agree)
         self.judges = Judges(parts.rewards, self.processes, on_main=args.called_by == "main")
         seed = stream_seed(args.seed, EVALUATE, 0)  # the same on every process
         self.examiner = Examiner(parts.writer, self.processes, self.judges, self.written, seed)
-        self.stop = StopRequest()
         self.shared: SharedFolder | None = None
         self.source = self.write_and_score
         if args.collectors is not None:
@@ -179,7 +181,7 @@ class DQNTrainer(Checkpointed):
                     self.network.sync_target(self.args.target_tau)
 
                 self.report(batches)
-                if self.parts.total(stop.requested is not None) > 0:  # whichever process was asked
+                if self.stopping():
                     self.save_checkpoint()
                     self.logbook.say(
                         f"stopped and saved after step {self.step}; the same command with --resume goes on"
@@ -189,6 +191,7 @@ class DQNTrainer(Checkpointed):
 
     def collect(self) -> None:
         """The behaviour policy writes, the rewards judge whole completions, the replay remembers all their prefixes."""
+        lacking = torch.tensor(1.0)  # processes that hold too few episodes; all go on together
         for _ in range(MAX_EMPTY_COLLECTS):
             if self.budget_left == 0:
                 break
@@ -198,23 +201,23 @@ class DQNTrainer(Checkpointed):
             except StepFailed:
                 self.parts.stream.load_state_dict(before)  # the same prompts come again
                 raise
-            self.scored_completions += int(self.parts.total(written))
             self.replay.add(episodes)
             self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step)
-            if self.parts.total(len(self.replay) < self.args.learning_starts) == 0:  # all processes go on together
+            written, lacking = self.parts.totals(written, len(self.replay) < self.args.learning_starts)
+            self.scored_completions += int(written)
+            if lacking == 0:
                 break
-        if self.parts.total(len(self.replay) == 0) > 0:
+        if lacking > 0 and self.parts.totals(len(self.replay) == 0) > 0:
             said = f"{self.scored_completions} completions scored, no reward among them"
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
-            mean_reward = self.parts.total(self.replay.rewards.sum()) / self.parts.total(len(self.replay))
-            self.network.start_values_at(float(mean_reward))
+            rewards, count = self.parts.totals(self.replay.rewards.sum(), len(self.replay))
+            self.network.start_values_at(float(rewards / count))
         self.collected_at = self.step
 
     def write_and_score(self) -> tuple[int, list[Episode]]:
         """(how many completions were written, those that got a reward), on this process."""
-        episodes = self.processes.agree(self.rollout)
-        return len(episodes), self.score(episodes)
+        return self.judges.after(self.rollout, self.score)
 
     def take_in(self) -> tuple[int, list[Episode]]:
         """The same from collectors: how many completions they had scored, and those young enough to learn from."""
@@ -268,8 +271,7 @@ class DQNTrainer(Checkpointed):
         def attempt(rows: int) -> None:
             torch.manual_seed(self.seed_for(DROPOUT, self.step))
             self.parts.optimizer.zero_grad()  # of an attempt that ran out of memory
-            parts = [part for batch in batches for part in batch.split(rows)]
-            self.update(parts, [self.td_target(part) for part in parts])
+            self.update([part for batch in batches for part in batch.split(rows)])
 
         drawn = self.samples_drawn - len(batches)
         try:
@@ -278,9 +280,9 @@ class DQNTrainer(Checkpointed):
             self.samples_drawn = drawn  # the same episodes come again
             raise
 
-    def update(self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget]) -> None:
-        """One optimizer step on a mean over all action tokens of the batches, on all processes."""
-        self.learner.update(self.step, batches, td_targets)
+    def update(self, batches: Sequence[PrefixBatch]) -> None:
+        """One optimizer step towards `td_target` on a mean over all action tokens of the batches, on all processes."""
+        self.learner.update(self.step, batches, self.td_target)
 
     # --- small questions that the loop asks -------------------------------------------------------------------------
 
@@ -296,6 +298,14 @@ class DQNTrainer(Checkpointed):
         if budget is None:
             return sys.maxsize
         return max(0, budget - self.scored_completions) // self.parts.accelerator.num_processes
+
+    def stopping(self) -> bool:
+        """Whether any process was asked to stop: heard with each update, and again before a collection, a long one."""
+        if self.processes.world == 1:
+            return self.stop.requested is not None
+        if self.step % self.args.updates_per_collect == 0:
+            return bool(self.parts.totals(self.stop.requested is not None) > 0)
+        return self.learner.stopping
 
     def seed_for(self, *names: int) -> int:
         """A seed that no other purpose, step or process has."""

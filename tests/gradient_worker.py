@@ -33,7 +33,7 @@ def main(path: str, folder: str) -> None:
 
     run.parts.optimizer.step = note  # type: ignore[method-assign]
     run.parts.scheduler.step = lambda: None  # type: ignore[method-assign]
-    run.update([batch], [run.td_target(batch)])
+    run.update([batch])
     save_file(gradients, Path(folder) / f"gradients-{world}-{rank}.safetensors")
 
 

@@ -50,7 +50,6 @@ def main(path: str, folder: str) -> None:
         loss.backward()
         return loss.item()
 
-    run.parts.__dict__["model"] = network  # not DDP's
     alone = {"loss": learn(every), "gradients": gradients(network)}
     alone["target"] = run.td_target(every).returns
     before = {name: full(value).clone() for name, value in network.checkpoint_state().items()}

@@ -23,15 +23,16 @@ assembly score_rows logbook hub replay_browser exchange
 bundle saver
 evaluation scoring checkpoint launch card opening sharding
 rollout strength
+engines
 network rewards
 policy_network
 adapters policy replay row_stream data metrics console reward_functions report
 heads states vocabulary token_texts heatmap report_charts episode_store reward_model reward_worker isolation
 tables models pages run_files calibration warning_signs priority_tree
-targets losses schedules recipe charts statistics references processes memory numerics resume
+targets losses schedules recipe charts statistics references processes reduction memory numerics resume
 offline recipe_changes
 recipe_problems recipe_sections shipped
-recipe_yaml lock
+recipe_yaml lock vllm_server
 types errors terminal signals
 """
 LEVEL = {name: -depth for depth, line in enumerate(LAYERS.split("\n")) for name in line.split()}

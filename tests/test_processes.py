@@ -71,4 +71,4 @@ def test_fewer_processes_than_asked_for_is_an_error(tiny_llama_path, tmp_path, m
 
     monkeypatch.setenv(WORLD_SIZE, "2")
     with pytest.raises(RunError, match="2 processes were asked for and 1 run"):
-        accelerator_for(find_unused_parameters=False)
+        accelerator_for()

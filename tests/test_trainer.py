@@ -215,7 +215,7 @@ def test_advantages_praise_what_did_better_than_expected(tiny_llama_path, tmp_pa
     assert target.returns[0, mask[0].sum() - 1].item() == pytest.approx(1.0)
     before = run.network.logprobs(batch.tokens, "online").sum(1)
     for _ in range(5):
-        run.update([batch], [run.td_target(batch)])
+        run.update([batch])
     after = run.network.logprobs(batch.tokens, "online").sum(1)
     assert after[0] > before[0] + 0.1 and after[1] < before[1]
 

@@ -34,10 +34,10 @@ def cut_at(run: Any, step: int) -> None:
     """Lets a run fail in its update of one step."""
     update = run.update
 
-    def failing(batches: Any, td_targets: Any) -> None:
+    def failing(batches: Any) -> None:
         if run.step == step:
             raise Cut
-        update(batches, td_targets)
+        update(batches)
 
     run.update = failing
     with pytest.raises(Cut):

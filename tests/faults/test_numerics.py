@@ -24,9 +24,9 @@ def test_case_36_a_gradient_that_is_not_finite_leaves_the_step_out(tiny_llama_pa
     run.parts.trainable[0].register_hook(lambda gradient: gradient * float("inf") if run.step == 2 else gradient)
     seen, update = {}, run.update
 
-    def watched(batches: Any, td_targets: Any) -> None:
+    def watched(batches: Any) -> None:
         before = [parameter.detach().clone() for parameter in run.parts.trainable]
-        update(batches, td_targets)
+        update(batches)
         seen[run.step] = all(torch.equal(a, b) for a, b in zip(before, run.parts.trainable, strict=True))
 
     run.update = watched
@@ -77,10 +77,10 @@ def test_case_37_q_beyond_the_reach_of_rewards_raises_an_alarm(tiny_llama_path, 
     run = trainer(tiny_llama_path, tmp_path, max_steps=6, **QUIET)
     update = run.update
 
-    def exploding(batches: Any, td_targets: Any) -> None:
+    def exploding(batches: Any) -> None:
         if run.step == 2:
             run.network.start_values_at(1000.0)
-        update(batches, td_targets)
+        update(batches)
 
     run.update = exploding
     run.train()
@@ -135,10 +135,10 @@ def test_case_38_out_of_memory_again_saves_and_stops(tiny_llama_path, tmp_path):
     run = trainer(tiny_llama_path, tmp_path / "run", **options)
     update = run.update
 
-    def starving(batches: Any, td_targets: Any) -> None:
+    def starving(batches: Any) -> None:
         if run.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        update(batches, td_targets)
+        update(batches)
 
     run.update = starving
     with pytest.raises(OutOfMemory, match=r"out of memory while learning, 4 rows at a time.*halve train\.per_device"):

@@ -51,10 +51,10 @@ def whole_and_cut(path: str, home: Path) -> dict[str, Any]:
     cut = trainer(path, home / "cut", **options)
     update = cut.update
 
-    def failing(batches: Any, td_targets: Any) -> None:
+    def failing(batches: Any) -> None:
         if cut.step == 3:
             raise RunError("cut")
-        update(batches, td_targets)
+        update(batches)
 
     cut.update = failing  # type: ignore[method-assign]
     said = failure(cut)
@@ -136,10 +136,10 @@ def code_fails_on_one(path: str, home: Path) -> dict[str, Any]:
     run = trainer(path, home / "code", **FEW, max_steps=4)
     update = run.update
 
-    def failing(batches: Any, td_targets: Any) -> None:
+    def failing(batches: Any) -> None:
         if run.step == 2 and rank_of(run) == 1:
             raise ZeroDivisionError("of process 1")
-        update(batches, td_targets)
+        update(batches)
 
     run.update = failing  # type: ignore[method-assign]
     return {"said": failure(run)}
