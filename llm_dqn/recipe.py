@@ -135,6 +135,14 @@ def _conflicts(recipe: Recipe | DQNConfig) -> Iterator[tuple[tuple[str, ...], st
     start, end = s.epsilon.start, s.epsilon.end
     if end > start:
         yield ("epsilon.end", "epsilon.start"), f"must be at most epsilon.start ({start}), got {end}"
+    if s.engine == "vllm" and s.vllm_url is None:
+        yield ("vllm_url", "engine"), "needs the address of the server for engine: vllm, as http://127.0.0.1:8000"
+    if s.engine == "vllm" and s.q_head == "linear":
+        yield ("engine", "q_head"), "vllm needs q_head: lm; a server cannot add a linear head's Q to its logits"
+    if s.engine != "generate" and s.explore == "uniform":
+        yield ("explore", "engine"), f"uniform needs engine: generate, got {s.engine}; explore: prior works with all"
+    if s.engine == "continuous" and s.min_p is not None:
+        yield ("min_p", "engine"), "is unknown to engine: continuous; use generate, or top_p"
     if s.weights is not None and s.funcs and len(s.weights) != len(s.funcs):
         yield ("weights", "funcs"), f"needs one number a reward function ({len(s.funcs)}), got {len(s.weights)}"
     if s.double and s.backup != "max":

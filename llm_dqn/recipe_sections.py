@@ -103,7 +103,17 @@ class EpsilonSection(Section):
 class RolloutSection(Section):
     """How completions are written."""
 
-    engine: Literal["generate"] = Field(default="generate", description="What writes: transformers' generate.")
+    engine: Literal["generate", "continuous", "vllm"] = Field(
+        default="generate",
+        description="What writes: transformers' generate, its continuous batching, or a vLLM server you started.",
+    )
+    vllm_url: Text | None = Field(
+        default=None, description="Address of the vLLM server, as http://127.0.0.1:8000; with engine vllm."
+    )
+    vllm_folder: Text | None = Field(
+        default=None,
+        description="Folder in which the vLLM server finds adapters; null = a temporary one, on the same machine.",
+    )
     num_generations: Annotated[Int, Field(ge=1)] = Field(
         default=1,
         description="Completions a prompt. More lower the variety of prompts for the same number of reward calls.",
