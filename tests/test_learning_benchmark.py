@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.learning import cells, dqn, graphs, letters, measure, protocol, summary, sums
+from benchmarks.learning import cells, dqn, graphs, letters, measure, protocol, store, summary, sums
 from benchmarks.learning.bases import BaseRecipe, base_model
 from benchmarks.learning.course import Course
 from benchmarks.learning.fine_tuning import train_online
 from benchmarks.learning.methods import REGIMES, for_task
-from benchmarks.learning.search import auc
+from benchmarks.learning.search import auc, true_values
 from benchmarks.learning.tasks import TASKS
 
 SMALL = BaseRecipe("sums", {"habit": 0.5, "shortest": 2, "longest": 3}, sums.VOCABULARY, steps=4, width=16, layers=1)
@@ -105,6 +105,48 @@ def test_both_loops_spend_their_budget_and_measuring_spends_nothing(small_task):
     assert course.points[0]["kl"] == 0.0 < course.points[-1]["kl"]
 
 
+def test_the_value_of_a_prefix_is_the_chance_of_going_on_to_an_answer(small_task):
+    tokenizer = AutoTokenizer.from_pretrained(small_task.base())
+    model = AutoModelForCausalLM.from_pretrained(small_task.base())
+    row = small_task.test[0]
+    right = [*tokenizer(row["answer"])["input_ids"], tokenizer.eos_token_id]
+    wrong = [right[0], right[0] + 1, *right[2:]]
+    sound, broken = true_values(model, tokenizer, small_task, [row, row], [right, wrong])
+    assert sound[0] == pytest.approx(measure.exactly_right(model, tokenizer, small_task, [row]), rel=1e-4)
+    assert sound == sorted(sound) and broken[:2] == sound[:2] and set(broken[2:]) == {0.0}
+
+
+def test_writers_are_as_old_as_the_regime_says_and_the_log_comes_first(small_task):
+    ours = {
+        "prompts_per_collect": 8,
+        "learning_starts": 8,
+        "updates_per_collect": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+    }
+    course = Course(small_task, small_task.test[:8], (0, 16), seed=0)
+    written = []
+    weights = dqn.Watched.rollout
+
+    class Spied(dqn.Watched):
+        def rollout(self):
+            episodes = weights(self)
+            written.append(float(sum(weight.sum() for weight in self._refreshed[1].values())))
+            return episodes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dqn, "Watched", Spied)
+        dqn.train(small_task, course, ours, budget=32, seed=0, stale=16)
+    assert written[0] == written[1] != written[2] == written[3]
+    rows = [
+        {"prompt": row["prompt"], "completion": "7", "reward": k % 2, "ended": "eos"}
+        for k, row in enumerate(small_task.train)
+    ]
+    course = Course(small_task, small_task.test[:8], (0, 16), seed=0)
+    dqn.train(small_task, course, {**ours, "logged_updates": 5}, budget=16, seed=0, logged=rows)
+    assert [(p["scored"], p["updates"]) for p in course.points] == [(0, 0), (16, 7)]
+
+
 def result(scores, ats=(0, 128, 256)):
     return {
         "settings": {},
@@ -134,16 +176,17 @@ def test_the_best_peer_sets_the_marks():
 
 def test_every_tuned_method_has_the_same_number_of_configurations():
     for regime in REGIMES.values():
-        for name, method in regime.items():
+        for name, method in regime.methods.items():
             assert len(method.grid) in (1, 12), name
             for settings in method.grid:
                 if method.kind == "dqn":
-                    cells.DQNConfig(output_dir="-", **for_task(settings, TASKS["reviews"]))
+                    given = for_task(settings, TASKS["reviews"])
+                    cells.DQNConfig(output_dir="-", **{key: given[key] for key in given.keys() - dqn.OWN})
 
 
 def test_a_store_keeps_finished_cells(tmp_path):
-    store = cells.Store(tmp_path / "cells.jsonl")
+    finished = store.Store(tmp_path / "cells.jsonl")
     cell = cells.Cell("sums", "online", "ours", {}, 0, "test", (0, 64))
-    store.add(cell.key, {"points": [{"reward": 0.5, "at": 64}]})
-    assert protocol.run_missing(store, [cell])[0]["points"][0]["reward"] == 0.5
-    assert replace(cell, seed=1).key not in store.read()
+    finished.add(cell.key, {"points": [{"reward": 0.5, "at": 64}]})
+    assert protocol.run_missing(finished, [cell])[0]["points"][0]["reward"] == 0.5
+    assert replace(cell, seed=1).key not in finished.read()

@@ -1,13 +1,15 @@
 """Each choice in the design against the default, on tuning prompts: what to change and what to leave."""
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
 
-from benchmarks.learning.cells import Cell, Store, run_missing
+from benchmarks.learning.cells import Cell
 from benchmarks.learning.methods import TEXTBOOK
 from benchmarks.learning.protocol import score
+from benchmarks.learning.store import Store, run_missing
 
 FAST = {"updates_per_collect": 32, "target_sync_steps": 64}
 IMITATE = {"learning_rate": 1e-4, "advantage_weight": 10.0}
@@ -64,11 +66,11 @@ def cells(task: str, variant: str, seeds: int, budget: int) -> list[Cell]:
     return [Cell(task, "online", "ours", VARIANTS[variant], seed, "tuning", marks) for seed in range(seeds)]
 
 
-def run(store: Store, tasks: Sequence[str], variants: Sequence[str], seeds: int, budget: int) -> None:
+def run(
+    store: Store, tasks: Sequence[str], variants: Sequence[str], seeds: int, budget: int, pool: Executor | None = None
+) -> None:
     """Everything that is missing, variant after variant."""
-    for variant in variants:
-        for task in tasks:
-            run_missing(store, cells(task, variant, seeds, budget))
+    run_missing(store, [cell for name in variants for task in tasks for cell in cells(task, name, seeds, budget)], pool)
 
 
 def table(store: Store, tasks: Sequence[str], seeds: int, budget: int, command: str) -> str:

@@ -68,7 +68,8 @@ class Built:
             try:
                 self.build(unfinished)
                 (unfinished / "built_from.json").write_text(json.dumps(self.facts, indent=1))
-                os.replace(unfinished, folder)
+                if not folder.exists():  # another process may have built the same meanwhile
+                    os.replace(unfinished, folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
         return folder

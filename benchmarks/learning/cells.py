@@ -1,18 +1,14 @@
-"""One cell of the benchmark, (task, regime, method, configuration, seed, prompts), and the file that remembers it."""
+"""One cell of the benchmark, (task, regime, method, configuration, seed, prompts), and how it is run."""
 
-import fcntl
 import json
-import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.learning import dqn, fine_tuning, policy_gradients
+from benchmarks.learning import dqn, fine_tuning, policy_gradients, reinforce
 from benchmarks.learning.bases import cache_folder, digest
 from benchmarks.learning.course import Course
 from benchmarks.learning.measure import write
@@ -26,7 +22,15 @@ DECISIVE = (
     *("num_generations", "prompts_per_collect", "temperature", "top_k", "top_p", "min_p", "epsilon", "explore"),
     *("q_head", "beta", "gamma", "backup", "double", "n_step", "lam", "corrected", "loss", "target"),
     *("target_sync_steps", "target_tau", "prior", "support_top_k", "advantage_weight", "expectile", "cql_weight"),
-    *("truncated", "capacity", "learning_starts", "updates_per_collect", "prioritized", "success_share"),
+    *(
+        "truncated",
+        "capacity",
+        "learning_starts",
+        "updates_per_collect",
+        "prioritized",
+        "success_share",
+        "success_odds",
+    ),
     *("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "lr_scheduler_type"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 )
@@ -50,9 +54,11 @@ class Cell:
     def key(self) -> str:
         """Changes with anything that decides the outcome, the library's defaults among it."""
         facts: dict[str, Any] = {**asdict(self), "base": TASKS[self.task].base.name}
-        if REGIMES[self.regime][self.method].kind == "dqn":
-            resolved = DQNConfig(output_dir="-", **self.settings).model_dump()
-            facts["settings"] = {name: resolved[name] for name in DECISIVE}
+        if REGIMES[self.regime].methods[self.method].kind == "dqn":
+            own = {name: self.settings[name] for name in dqn.OWN & self.settings.keys()}
+            given = {name: value for name, value in self.settings.items() if name not in own}
+            resolved = DQNConfig(output_dir="-", **given).model_dump()
+            facts["settings"] = own | {name: resolved[name] for name in DECISIVE}
         return digest(facts)
 
 
@@ -79,65 +85,24 @@ def logged_rows(task: Task) -> list[Row]:
 
 def run(cell: Cell) -> dict[str, Any]:
     """Runs the cell: its facts, and the points of its course."""
-    task, method = TASKS[cell.task], REGIMES[cell.regime][cell.method]
-    settings = for_task(cell.settings, task)
-    online = cell.regime == "online"
+    task, regime = TASKS[cell.task], REGIMES[cell.regime]
+    kind, settings = regime.methods[cell.method].kind, for_task(cell.settings, task)
     rows = task.tuning if cell.part == "tuning" else task.test
-    logged = [] if online else logged_rows(task)
+    logged = logged_rows(task) if regime.logged else []
     started = time.time()
     course = Course(task, rows, cell.marks, cell.seed)
-    budget = cell.marks[-1] if online else 0
-    if method.kind == "dqn":
-        search_too = online and cell.part == "test"
-        facts = dqn.train(task, course, settings, budget, cell.seed, logged, search_too)
-    elif method.kind == "sft" and online:
-        facts = fine_tuning.train_online(task, course, settings, budget, cell.seed)
-    elif method.kind == "sft":
+    budget = cell.marks[-1] if regime.online else 0
+    given = (task, course, settings, budget, cell.seed)
+    if kind == "dqn":
+        facts = dqn.train(*given, logged, regime.stale, search_too=regime.online and cell.part == "test")
+    elif kind == "sft" and regime.online:
+        facts = fine_tuning.train_online(*given, logged, regime.stale)
+    elif kind == "sft":
         facts = fine_tuning.train_logged(task, course, settings, logged, cell.seed)
+    elif kind == "reinforce":
+        facts = reinforce.train(*given)
     else:
-        facts = policy_gradients.train(method.kind, task, course, settings, budget, cell.seed)
+        facts = policy_gradients.train(kind, *given, logged, regime.stale)
     if course.marks:
         raise RuntimeError(f"{cell} ended before its marks {course.marks}")
     return {**asdict(cell), **facts, "points": course.points, "wall": round(time.time() - started, 1)}
-
-
-class Store:
-    """A file of JSON lines, one a finished cell. Several processes may add to it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Finished cells by key."""
-        if not self.file.exists():
-            return {}
-        lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
-        return {line["key"]: line for line in lines}
-
-    def add(self, key: str, result: dict[str, Any]) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as out:
-            fcntl.flock(out, fcntl.LOCK_EX)
-            out.write(json.dumps({"key": key, **result}) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-
-
-def run_missing(store: Store, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """The results of all cells, in order; those that are not in the store are run and put there."""
-    results = []
-    for number, cell in enumerate(cells, 1):
-        known = store.read()
-        key = cell.key
-        if key not in known:
-            store.add(key, run(cell))
-            known = store.read()
-            last = known[key]["points"][-1]
-            print(
-                f"{number}/{len(cells)} {cell.task} {cell.regime} {cell.method} {cell.part} seed {cell.seed} "
-                f"{cell.settings}: reward {last['reward']:.3f}, greedy {last['greedy']:.3f}, "
-                f"{last['seconds']:.0f} s",
-                flush=True,
-            )
-        results.append(known[key])
-    return results

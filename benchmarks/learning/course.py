@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.learning.measure import measure
+from benchmarks.learning.measure import Looked, measure
 from benchmarks.learning.tasks import Counted, Row, Task
 
 disable_progress_bar()
@@ -32,14 +32,20 @@ class Course:
         """Whether a mark has been reached that was not measured yet."""
         return bool(self.marks) and at >= self.marks[0]
 
-    def look(self, at: int, updates: int, model: Callable[[], PreTrainedModel]) -> None:
-        """Measures where it is due; `model` is asked for only then."""
+    def look(
+        self,
+        at: int,
+        updates: int,
+        model: Callable[[], PreTrainedModel],
+        more: Callable[[Looked], dict[str, Any]] | None = None,
+    ) -> None:
+        """Measures where it is due; `model` is asked for only then. more: further facts for the point."""
         if not self.due(at):
             return
         before = time.process_time()
         seconds = before - self._started - self._aside
         facts = {"at": at, "scored": self.scored.count, "updates": updates, "seconds": round(seconds, 2)}
-        figures = measure(model(), self.base, self.tokenizer, self.task, self.rows, seed=1000 + self.seed)
-        self.points.append({**facts, **figures})
+        looked = measure(model(), self.base, self.tokenizer, self.task, self.rows, seed=1000 + self.seed)
+        self.points.append({**facts, **looked.figures, **(more(looked) if more is not None else {})})
         self.marks = [mark for mark in self.marks if mark > at]
         self._aside += time.process_time() - before

@@ -6,26 +6,57 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 
 from benchmarks.learning.course import Course
-from benchmarks.learning.search import search
+from benchmarks.learning.measure import Looked
+from benchmarks.learning.search import critic, search
 from benchmarks.learning.tasks import Row, Task
 from llm_dqn import DQNConfig, DQNTrainer
+from llm_dqn.types import Episode
 
 FOREVER = 10**7  # learner steps; the budget of scored completions ends a run
+OWN = {"logged_updates"}  # settings of the benchmark, not of the library
 
 
 class Watched(DQNTrainer):
-    """The trainer, looked at before it collects; its own evaluation at the end is left out."""
+    """The trainer, looked at before it collects; its own evaluation at the end is left out.
+
+    logged_updates: learner steps before the first new completion is written. stale: the policy that writes is
+    refreshed every so many completions; 0: before each collection.
+    """
 
     course: Course
     logged_only = False
+    logged_updates = 0
+    stale = 0
+    _refreshed: tuple[int, dict[str, torch.Tensor]] | None = None
+    _waiting = False
 
     def collect(self) -> None:
         self.look()
+        self._waiting = self.step < self.logged_updates
         super().collect()
+        self._waiting = False
+
+    @property
+    def budget_left(self) -> int:
+        """Nothing while it learns from logged completions alone."""
+        return 0 if self._waiting else super().budget_left
+
+    def rollout(self) -> list[Episode]:
+        """By a policy that may be old; what it makes of a token is then off-policy for the learner."""
+        if not self.stale:
+            return super().rollout()
+        newest = {name: weight.detach().clone() for name, weight in self.network.checkpoint_state().items()}
+        if self._refreshed is None or self.scored_completions - self._refreshed[0] >= self.stale:
+            self._refreshed = (self.scored_completions, newest)
+        self.network.load_checkpoint_state(self._refreshed[1])
+        episodes = super().rollout()
+        self.network.load_checkpoint_state(newest)
+        return episodes
 
     def evaluate(self) -> dict[str, Any]:
         return {}
@@ -34,7 +65,10 @@ class Watched(DQNTrainer):
         at = self.step if self.logged_only else self.scored_completions
         if self.course.due(at):
             with self.network.writer("online") as model:
-                self.course.look(at, self.step, lambda: model)
+                self.course.look(at, self.step, lambda: model, self._critic)
+
+    def _critic(self, looked: Looked) -> dict[str, Any]:
+        return {"critic": critic(self.network, self.course.tokenizer, self.course.task, self.course.rows, looked)}
 
 
 def lora_of(task: Task) -> LoraConfig | None:
@@ -49,12 +83,16 @@ def train(
     budget: int,
     seed: int,
     logged: Sequence[Row] = (),
+    stale: int = 0,
     search_too: bool = False,
 ) -> dict[str, Any]:
     """One run of `budget` scored completions; with logged rows and no budget, of the last mark's learner steps.
 
-    search_too: has `search` look at the network afterwards.
+    settings: of `DQNConfig`, and logged_updates. stale: see `Watched`. search_too: has `search` look at the network
+    afterwards.
     """
+    chosen = dict(settings)
+    logged_updates = chosen.pop("logged_updates", 0)
     with tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {
             "output_dir": f"{folder}/run",
@@ -65,7 +103,7 @@ def train(
             "eval_steps": 0,
             "save_steps": 0,
             "seed": seed,
-            **settings,
+            **chosen,
         }
         if logged:
             file = Path(folder) / "logged.jsonl"
@@ -80,6 +118,7 @@ def train(
             peft_config=lora_of(task),
         )
         trainer.course, trainer.logged_only = course, budget == 0
+        trainer.logged_updates, trainer.stale = logged_updates, stale
         trainer.train()
         trainer.look()
         if trainer.scored_completions != course.scored.count:

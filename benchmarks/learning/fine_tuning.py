@@ -1,5 +1,6 @@
 """Supervised fine-tuning on what scored well: best of n, and all successes, fresh or logged. Plain loops."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.learning.course import Course
@@ -36,7 +38,10 @@ class Tuner:
         picks = [kept[index] for index in self.rng.integers(len(kept), size=batch)]
         ids, mask, labels = lay_out(self.tokenizer, *zip(*picks, strict=True))
         self.model.train()
-        loss = -logprobs(self.model, ids, mask, labels).sum() / (labels[:, 1:] != -100).sum()
+        self.descend(-logprobs(self.model, ids, mask, labels).sum() / (labels[:, 1:] != -100).sum())
+
+    def descend(self, loss: Tensor) -> None:
+        """One step down the gradient of the loss."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
@@ -44,27 +49,43 @@ class Tuner:
         self.updates += 1
 
 
-def train_online(task: Task, course: Course, settings: Mapping[str, Any], budget: int, seed: int) -> dict[str, Any]:
+def train_online(
+    task: Task,
+    course: Course,
+    settings: Mapping[str, Any],
+    budget: int,
+    seed: int,
+    logged: Sequence[Row] = (),
+    stale: int = 0,
+) -> dict[str, Any]:
     """Writes, keeps the best, learns from it, again and again, until the budget of scored completions is spent.
 
+    logged: what is kept of it is learned from first, alone for `logged_updates`, and then as a collection. stale: the
+    policy that writes is refreshed every so many completions; 0: before each collection.
     settings: learning_rate; completions a collection; of_each, completions a prompt: the best of more than one is kept
     where they differ, a single one where it beats the running mean; remember, collections that are learned from;
     updates a collection, of `batch` completions.
     """
     tuner = Tuner(task, course, settings["learning_rate"], seed)
-    memory: list[list[Kept]] = []
+    memory: list[list[Kept]] = [successes(tuner, logged)] if logged else []
     rewards_seen: list[float] = []
     order: list[int] = []
+    writer = tuner.model if stale == 0 else copy.deepcopy(tuner.model)
     for collection in count():
         course.look(collection * settings["completions"], tuner.updates, lambda: tuner.model)
         if course.scored.count >= budget:
             return {}
+        if collection == 0 and logged:
+            for _ in range(settings["logged_updates"]):
+                tuner.step(memory[0], settings["batch"])
+        if stale and course.scored.count % stale == 0:
+            writer.load_state_dict(tuner.model.state_dict())
         rows = []
         for _ in range(settings["completions"] // settings["of_each"]):
             order = order or tuner.rng.permutation(len(task.train)).tolist()
             rows += [task.train[order.pop()]] * settings["of_each"]
-        written = write(tuner.model, tuner.tokenizer, [row["prompt"] for row in rows], task.length)
-        rewards = _judged(course, rows, written)
+        written = write(writer, tuner.tokenizer, [row["prompt"] for row in rows], task.length)
+        rewards = judged(course, rows, written)
         rewards_seen += rewards
         memory.append(_best(rows, written, rewards, settings["of_each"], float(np.mean(rewards_seen))))
         kept = [one for some in memory[-settings["remember"] :] for one in some]
@@ -72,7 +93,8 @@ def train_online(task: Task, course: Course, settings: Mapping[str, Any], budget
             tuner.step(kept, settings["batch"])
 
 
-def _judged(course: Course, rows: Sequence[Row], written: Sequence[list[int]]) -> list[float]:
+def judged(course: Course, rows: Sequence[Row], written: Sequence[list[int]]) -> list[float]:
+    """Rewards of completions of the rows, counted."""
     texts = course.tokenizer.batch_decode(written, skip_special_tokens=True)
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     return course.scored([row["prompt"] for row in rows], texts, **columns)
@@ -95,14 +117,19 @@ def train_logged(
 ) -> dict[str, Any]:
     """Learns from logged completions above the quantile `above` of their rewards (null: above the mean)."""
     tuner = Tuner(task, course, settings["learning_rate"], seed)
-    rewards = np.array([row["reward"] for row in logged])
-    least = rewards.mean() if settings["above"] is None else np.quantile(rewards, settings["above"])
-    kept = [(row["prompt"], _ids(tuner, row)) for row in logged if row["reward"] > min(least, rewards.max() - 1e-9)]
+    kept = successes(tuner, logged, settings["above"])
     for step in range(course.marks[-1] + 1):
         course.look(step, tuner.updates, lambda: tuner.model)
         if course.marks:
             tuner.step(kept, settings["batch"])
     return {"kept": len(kept)}
+
+
+def successes(tuner: Tuner, logged: Sequence[Row], above: float | None = None) -> list[Kept]:
+    """Logged completions above a quantile of their rewards; None: above the mean."""
+    rewards = np.array([row["reward"] for row in logged])
+    least = rewards.mean() if above is None else np.quantile(rewards, above)
+    return [(row["prompt"], _ids(tuner, row)) for row in logged if row["reward"] > min(least, rewards.max() - 1e-9)]
 
 
 def _ids(tuner: Tuner, row: Row) -> list[int]:

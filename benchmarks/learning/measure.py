@@ -1,11 +1,17 @@
 """What a policy is worth on given prompts: sampled, greedy, and exactly where right completions can be listed."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from benchmarks.learning.tasks import Row, Task
 from llm_dqn.statistics import distinct_n
@@ -106,6 +112,15 @@ def divergence(
     return total / count
 
 
+@dataclass(frozen=True)
+class Looked:
+    """figures: of the policy, by name. written: token ids of a sampled completion of each row. rewards: theirs."""
+
+    figures: dict[str, float]
+    written: list[list[int]]
+    rewards: list[float]
+
+
 def measure(
     model: PreTrainedModel,
     base: PreTrainedModel,
@@ -113,15 +128,14 @@ def measure(
     task: Task,
     rows: Sequence[Row],
     seed: int,
-) -> dict[str, Any]:
-    """Figures of one policy; its calls of the judge count for no budget, and the global random stream stays put."""
+) -> Looked:
+    """What one policy does; its calls of the judge count for no budget, and the global random stream stays put."""
     prompts = [row["prompt"] for row in rows]
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
-    def judged(written: list[list[int]]) -> float:
+    def judged(written: list[list[int]]) -> list[float]:
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        rewards = task.judge()(prompts=prompts, completions=texts, **columns)
-        return sum(rewards) / len(rewards)
+        return task.judge()(prompts=prompts, completions=texts, **columns)
 
     was_training = model.training
     model.eval()
@@ -129,9 +143,10 @@ def measure(
         torch.manual_seed(seed)
         sampled = write(model, tokenizer, prompts, task.length)
         greedy = write(model, tokenizer, prompts, task.length, greedy=True)
+    rewards = judged(sampled)
     found = {
-        "reward": judged(sampled),
-        "greedy": judged(greedy),
+        "reward": sum(rewards) / len(rewards),
+        "greedy": sum(judged(greedy)) / len(rewards),
         "kl": divergence(model, base, tokenizer, prompts, sampled),
         "length": sum(map(len, sampled)) / len(sampled),
         "distinct_2": distinct_n(sampled, 2),
@@ -139,4 +154,11 @@ def measure(
     if task.answers is not None:
         found["exact"] = exactly_right(model, tokenizer, task, rows)
     model.train(was_training)
-    return {name: round(value, 5) for name, value in found.items()}
+    return Looked({name: round(value, 5) for name, value in found.items()}, sampled, rewards)
+
+
+def about_base(task: Task) -> dict[str, float]:
+    """Figures of the base model on the tuning prompts, built if need be."""
+    tokenizer = AutoTokenizer.from_pretrained(task.base())
+    model = AutoModelForCausalLM.from_pretrained(task.base()).eval()
+    return measure(model, model, tokenizer, task, task.tuning, seed=1).figures

@@ -37,6 +37,10 @@ def _grid(fixed: Settings | None = None, **choices: list[Any]) -> tuple[Settings
     return tuple(combined)
 
 
+def _also(grid: tuple[Settings, ...], more: Settings) -> tuple[Settings, ...]:
+    return tuple({**settings, **more} for settings in grid)
+
+
 TEXTBOOK = {
     "q_head": "linear",
     "prior": "uniform",
@@ -107,10 +111,15 @@ ONLINE = {
         "sft",
         _grid(
             {"completions": 64, "of_each": 1, "batch": 16},
-            learning_rate=[3e-5, 1e-4, 3e-4],
+            learning_rate=[1e-4, 3e-4, 1e-3],
             updates=[4, 16],
             remember=[4, 64],
         ),
+    ),
+    "reinforce": Method(
+        "REINFORCE, running mean, no groups",
+        "reinforce",
+        _grid({"completions": 64}, learning_rate=[1e-5, 3e-5, 1e-4, 3e-4], iterations=[1, 4, 12]),
     ),
     "textbook": Method(
         "textbook DQN",
@@ -142,7 +151,37 @@ LOGGED = {
         _grid(ILQL, expectile=[0.7, 0.9], cql_weight=[0.01, 0.1], beta=[0.03, 0.1, 0.3]),
     ),
 }
-REGIMES = {"online": ONLINE, "logged": LOGGED}
+AFTER_LOGGED = {"logged_updates": 100}  # on the logged completions alone, before the first new one is written
+LOGGED_ONLINE = {
+    "ours": Method("llm_dqn, defaults", "dqn", (AFTER_LOGGED,)),
+    "grpo": Method("filtered SFT on the log, then TRL GRPO", "grpo", _also(ONLINE["grpo"].grid, AFTER_LOGGED)),
+    "filtered": Method("filtered SFT", "sft", _also(ONLINE["filtered"].grid, AFTER_LOGGED)),
+}
+STALE = {name: ONLINE[name] for name in ("ours", "ours_tuned", "grpo", "filtered")}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Where completions come from.
+
+    methods: who takes part. online: new ones are written and scored, what is spent counts in them (else in updates).
+    logged: 2,000 scored completions of the base model are given. stale: the policy that writes is refreshed every so
+    many completions; 0: before each collection.
+    """
+
+    methods: Mapping[str, Method]
+    online: bool = True
+    logged: bool = False
+    stale: int = 0
+
+
+REGIMES = {
+    "online": Regime(ONLINE),
+    "logged": Regime(LOGGED, online=False, logged=True),
+    "logged_online": Regime(LOGGED_ONLINE, logged=True),
+    "stale_8": Regime(STALE, stale=8 * 64),
+    "stale_32": Regime(STALE, stale=32 * 64),
+}
 
 
 def for_task(settings: Settings, task: Task) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -10,8 +11,11 @@ from transformers import TrainerCallback
 
 from benchmarks.learning.course import Course
 from benchmarks.learning.dqn import lora_of
-from benchmarks.learning.tasks import Task
+from benchmarks.learning.fine_tuning import Tuner, successes
+from benchmarks.learning.methods import LORA_FACTOR
+from benchmarks.learning.tasks import Row, Task
 
+FIRST_RATE, FIRST_BATCH = 1e-4, 16  # of fine-tuning on a log
 COMMON = {
     "report_to": "none",
     "save_strategy": "no",
@@ -41,20 +45,35 @@ class _Watch(TrainerCallback):
             self.course.look(collections * self.completions, state.global_step, lambda: model)
 
 
-def train(name: str, task: Task, course: Course, settings: Mapping[str, Any], budget: int, seed: int) -> dict[str, Any]:
-    """One run of `budget` scored completions. settings: learning_rate, completions a collection, iterations
-    over each, and any other field of TRL's configuration.
+def train(
+    name: str,
+    task: Task,
+    course: Course,
+    settings: Mapping[str, Any],
+    budget: int,
+    seed: int,
+    logged: Sequence[Row] = (),
+    stale: int = 0,
+) -> dict[str, Any]:
+    """One run of `budget` scored completions. settings: learning_rate, completions an update, iterations over each, and
+    any other field of TRL's configuration.
+
+    logged: the model is first fine-tuned on its successes for `logged_updates`, since these methods cannot use them.
+    stale: so many completions are written at once and then learned from in turn, importance ratios against the policy
+    that wrote them; 0: as many as an update takes.
     """
     from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     trainer_of, config_of = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}[name]
     chosen = dict(settings)
     completions, iterations = chosen.pop("completions"), chosen.pop("iterations")
+    slices = max(1, stale // completions)
+    first = chosen.pop("logged_updates", 0)
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(
             output_dir=folder,
             per_device_train_batch_size=completions,
-            steps_per_generation=1,
+            steps_per_generation=slices,
             num_iterations=iterations,
             max_completion_length=task.length,
             max_steps=budget // completions * iterations,
@@ -63,15 +82,29 @@ def train(name: str, task: Task, course: Course, settings: Mapping[str, Any], bu
         )
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         trainer = trainer_of(
-            model=str(task.base()),
+            model=_tuned_on(logged, task, course, first, seed, Path(folder)) if first else str(task.base()),
             reward_funcs=[course.scored],
             args=config,
             train_dataset=Dataset.from_list(task.train),
             processing_class=course.tokenizer,
             peft_config=lora_of(task),
-            callbacks=[_Watch(course, completions, iterations)],
+            callbacks=[_Watch(course, completions * slices, iterations * slices)],
         )
         trainer.train()
     if course.scored.count != budget:
         raise RuntimeError(f"{course.scored.count} completions were judged, the budget was {budget}")
     return {}
+
+
+def _tuned_on(logged: Sequence[Row], task: Task, course: Course, updates: int, seed: int, folder: Path) -> str:
+    """A folder with the base model after so many updates on the successes of a log, at the rate that suits those."""
+    course.look(0, 0, lambda: course.base)
+    tuner = Tuner(task, course, FIRST_RATE * (LORA_FACTOR if task.tuned == "lora" else 1), seed)
+    kept = successes(tuner, logged)
+    for _ in range(updates):
+        tuner.step(kept, FIRST_BATCH)
+    model: Any = tuner.model
+    if task.tuned == "lora":
+        model = model.merge_and_unload()
+    model.save_pretrained(folder / "tuned")
+    return str(folder / "tuned")

@@ -1,12 +1,15 @@
 """What is run: tuning with the same budget for everyone, then several seeds of the chosen configuration."""
 
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from benchmarks.learning.cells import Cell, Store, run_missing
+from benchmarks.learning.cells import Cell, logged_rows
 from benchmarks.learning.methods import REGIMES, Settings
+from benchmarks.learning.store import Store, run_missing
+from benchmarks.learning.tasks import TASKS
 
 Result = dict[str, Any]
 
@@ -55,7 +58,7 @@ def score(point: dict[str, Any]) -> float:
 
 
 def tuning_cells(plan: Plan, task: str, method: str) -> list[Cell]:
-    grid = REGIMES[plan.regime][method].grid
+    grid = REGIMES[plan.regime].methods[method].grid
     if len(grid) == 1:
         return []
     marks = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
@@ -63,14 +66,14 @@ def tuning_cells(plan: Plan, task: str, method: str) -> list[Cell]:
     return [Cell(task, plan.regime, method, dict(settings), 0, "tuning", marks) for settings in chosen]
 
 
-def attempt(plan: Plan, store: Store, settings: Settings) -> list[Result]:
+def attempt(plan: Plan, store: Store, settings: Settings, pool: Executor | None = None) -> list[Result]:
     """One configuration, of a grid or not, on the tuning prompts."""
     marks = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
-    if plan.regime == "logged":
+    if not REGIMES[plan.regime].online:
         marks = doubling(25, plan.tuning)
     places = [(task, method, seed) for task in plan.tasks for method in plan.methods for seed in range(plan.seeds)]
     cells = [Cell(task, plan.regime, method, dict(settings), seed, "tuning", marks) for task, method, seed in places]
-    return run_missing(store, cells)
+    return run_missing(store, cells, pool)
 
 
 def best(results: Sequence[Result]) -> Settings:
@@ -79,26 +82,47 @@ def best(results: Sequence[Result]) -> Settings:
 
 
 def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
-    first = 128 if plan.regime == "online" else 25
+    first = 128 if REGIMES[plan.regime].online else 25
     marks = doubling(first, plan.budget if is_ours(method) else plan.reference)
     return [Cell(task, plan.regime, method, dict(settings), seed, "test", marks) for seed in range(plan.seeds)]
 
 
-def tune(plan: Plan, store: Store, task: str, method: str) -> Settings:
+def tune(plan: Plan, store: Store, task: str, method: str, pool: Executor | None = None) -> Settings:
     """The configuration that the method goes on with."""
     cells = tuning_cells(plan, task, method)
-    return best(run_missing(store, cells)) if cells else REGIMES[plan.regime][method].grid[0]
+    return best(run_missing(store, cells, pool)) if cells else REGIMES[plan.regime].methods[method].grid[0]
 
 
-def run(plan: Plan, store: Store) -> dict[str, dict[str, list[Result]]]:
-    """Everything that is missing; test results by task and method."""
-    return {
-        task: {
-            method: run_missing(store, test_cells(plan, task, method, tune(plan, store, task, method)))
-            for method in plan.methods
-        }
-        for task in plan.tasks
-    }
+def run(plan: Plan, store: Store, pool: Executor | None = None) -> dict[str, dict[str, list[Result]]]:
+    """Everything that is missing; test results by task and method.
+
+    With a pool a method is tested as soon as it is tuned, whatever the others do.
+    """
+    pairs = [(task, method) for task in plan.tasks for method in plan.methods]
+
+    def through(pair: tuple[str, str]) -> list[Result]:
+        settings = tune(plan, store, *pair, pool)
+        return run_missing(store, test_cells(plan, *pair, settings), pool)
+
+    prepare(plan)
+    if pool is None:
+        found = [through(pair) for pair in pairs]
+    else:
+        with ThreadPoolExecutor(len(pairs)) as threads:
+            found = list(threads.map(through, pairs))
+    results: dict[str, dict[str, list[Result]]] = {task: {} for task in plan.tasks}
+    for (task, method), some in zip(pairs, found, strict=True):
+        results[task][method] = some
+    return results
+
+
+def prepare(plan: Plan) -> None:
+    """Builds what several processes would otherwise build at the same time."""
+    for name in plan.tasks:
+        TASKS[name].base()
+        TASKS[name].judge()
+        if REGIMES[plan.regime].logged:
+            logged_rows(TASKS[name])
 
 
 def finished(plan: Plan, store: Store) -> dict[str, dict[str, list[Result]]]:
@@ -110,7 +134,7 @@ def finished(plan: Plan, store: Store) -> dict[str, dict[str, list[Result]]]:
             tried = [known.get(cell.key) for cell in tuning_cells(plan, task, method)]
             if None in tried:
                 continue
-            settings = best(tried) if tried else REGIMES[plan.regime][method].grid[0]
+            settings = best(tried) if tried else REGIMES[plan.regime].methods[method].grid[0]
             results = [known.get(cell.key) for cell in test_cells(plan, task, method, settings)]
             if None not in results:
                 found.setdefault(task, {})[method] = results

@@ -93,9 +93,9 @@ def _settings(result: Result) -> str:
 
 def table(plan: Plan, results: Results, command: str) -> str:
     """Markdown: how it was measured, a row a task and method, and what the rows come to."""
-    unit = "scored completions" if plan.regime == "online" else "updates on 2,000 logged base completions"
-    marks = [mark for mark in (256, 1024) if mark < plan.budget] if plan.regime == "online" else [100]
-    steps = "completions" if plan.regime == "online" else "updates"
+    unit = "scored completions" if REGIMES[plan.regime].online else "updates on 2,000 logged base completions"
+    marks = [mark for mark in (256, 1024) if mark < plan.budget] if REGIMES[plan.regime].online else [100]
+    steps = "completions" if REGIMES[plan.regime].online else "updates"
     heads = ["task", "method", *(f"score at {mark:,}" for mark in marks), "at the last mark", "worst seed"]
     heads += ["reward, sampled", "greedy", "KL a token", "distinct-2", f"{steps} to 50 %", "to 90 %", "CPU s"]
     lines = [
@@ -121,7 +121,7 @@ def table(plan: Plan, results: Results, command: str) -> str:
             ]
             cells += [f"{_span([score(point) for point in ends])} at {ends[0]['at']:,}", f"{min(map(score, ends)):.3f}"]
             needs = ["", ""] if limits is None else [_needed(seeds, limit) for limit in limits]
-            label = f"{REGIMES[plan.regime][method].label} ({_settings(seeds[0])})"
+            label = f"{REGIMES[plan.regime].methods[method].label} ({_settings(seeds[0])})"
             lines.append(_row("", label, cells, ends, [*needs, f"{np.mean([p['seconds'] for p in ends]):.0f}"]))
     return "\n".join([*lines, "", *_verdicts(plan, results)])
 
@@ -151,7 +151,7 @@ def ratio(methods: dict[str, list[Result]], ours: str, which: int, cost: float |
 def _verdicts(plan: Plan, results: Results) -> list[str]:
     lines = []
     for ours in (name for name in plan.methods if is_ours(name)):
-        label = REGIMES[plan.regime][ours].label
+        label = REGIMES[plan.regime].methods[ours].label
         for which, mark in enumerate(("50 %", "90 %")):
             found = {task: ratio(methods, ours, which) for task, methods in results.items()}
             known = {task: value for task, value in found.items() if value is not None}
@@ -159,7 +159,7 @@ def _verdicts(plan: Plan, results: Results) -> list[str]:
                 each = ", ".join(f"{task} {value:.1f}" for task, value in known.items())
                 mean = math.exp(np.mean([math.log(max(value, 1e-9)) for value in known.values()])) if known else 0
                 lines.append(f"{label}, {mark}: the best peer needs {mean:.2f} times as much (geometric mean; {each}).")
-        if plan.regime == "online":
+        if REGIMES[plan.regime].online:
             lines += _times(results, ours, label)
     return [f"- {line}" for line in lines]
 
@@ -184,7 +184,7 @@ def draw(plan: Plan, results: Results, folder: Path) -> list[Path]:
             spans = [interval([score(point) for point in row]) for row in points]
             series.append(
                 charts.Series(
-                    REGIMES[plan.regime][method].label,
+                    REGIMES[plan.regime].methods[method].label,
                     [math.log2(row[0]["at"]) for row in points],
                     [float(np.mean([score(point) for point in row])) for row in points],
                     [low for low, _ in spans],
@@ -192,7 +192,7 @@ def draw(plan: Plan, results: Results, folder: Path) -> list[Path]:
                     kind=kind,
                 )
             )
-        axis = "scored completions" if plan.regime == "online" else "updates"
+        axis = "scored completions" if REGIMES[plan.regime].online else "updates"
         file = folder / f"{plan.regime}-{task}.svg"
         picture = charts.line_chart(
             series, task, charts.Axis(f"{axis}, log2"), charts.Axis("score"), size=(640, 320), standalone=True

@@ -18,7 +18,7 @@ def _recipe(corpus: str, habit: float, shortest: int, longest: int, steps: int) 
 
 
 SHORT = _recipe("sums", habit=0.65, shortest=2, longest=6, steps=1500)
-LONG = _recipe("long_sums", habit=0.35, shortest=8, longest=10, steps=2000)
+LONG = _recipe("long_sums", habit=0.35, shortest=8, longest=10, steps=1200)
 
 
 def _digits(rng: random.Random, additions: int, high: int | None = None) -> list[int]:
