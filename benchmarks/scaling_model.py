@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "scaling.json"
+RESULTS = Path(__file__).parent / "results" / "scaling_model.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 GPUS = (8, 64, 512)
 NODE = 8  # GPUs of a machine
