@@ -102,6 +102,11 @@ def inputs_from_python(
     peft_config: LoraConfig | None,
 ) -> Inputs:
     """The same from what `DQNTrainer(...)` is given; the words and their meaning are TRL's."""
+    if args.overlap:
+        raise UserError(
+            f"overlap={args.overlap}: collectors are processes of their own, which open model, data and rewards from a "
+            "recipe; use DQNTrainer.from_recipe(load_recipe(FILE)) or `llm-dqn train FILE`, or overlap=0"
+        )
     path = os.fspath(model) if isinstance(model, str | os.PathLike) else None
     if path is not None:
         config = _opened("model", path, models.load_config)
@@ -121,7 +126,7 @@ def inputs_from_python(
     train_prompts, eval_prompts = (prompts, kept_apart) if kept_apart else held_out(prompts, args.seed)
     several = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
     functions = [_opened("reward_funcs", spec, load_reward) for spec in several]
-    rewards = Rewards(functions, args.weights, args.on_error, args.timeout)
+    rewards = Rewards(functions, args.weights, args.on_error, args.timeout, args.cache)
     for some in (train_prompts, eval_prompts):
         rewards.check_columns(sorted(some[0].columns))
     logged = logged_rows(args, tokenizer, models.context_length(config))

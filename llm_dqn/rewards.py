@@ -18,6 +18,7 @@ import torch
 
 from llm_dqn.errors import StepFailed, UserError
 from llm_dqn.isolation import undisturbed
+from llm_dqn.reward_cache import Answer, Plan, RewardCache, pick
 from llm_dqn.reward_functions import RewardFunction, load_reward
 from llm_dqn.reward_model import RewardModel
 from llm_dqn.reward_worker import Worker, ignore, plain_list
@@ -61,14 +62,6 @@ class RewardResult:
     each: dict[str, float | None]  # unweighted; None = abstained or failed
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """One function's rewards, and why rows have none: {row: exception}."""
-
-    values: list[float | None]
-    faults: dict[int, Exception]
-
-
 class Rewards:
     """Several reward functions as one.
 
@@ -76,6 +69,7 @@ class Rewards:
     on_error: "fail" raises `RewardError`, "skip" leaves the completion out, a number stands in for the failed function.
     timeout: seconds a call; functions that are not `async` then run in a process of their own, which is ended when it
     takes longer, so they must live in an importable file. Reward models know no timeout.
+    cache: no request is scored twice by a function that has shown to be deterministic (`RewardCache`).
     """
 
     def __init__(
@@ -84,6 +78,7 @@ class Rewards:
         weights: Sequence[float] | None = None,
         on_error: str | float = "fail",
         timeout: float | None = None,
+        cache: bool = True,
     ) -> None:
         if not funcs:
             raise UserError("reward: no reward function given")
@@ -102,9 +97,14 @@ class Rewards:
         self.calls = 0  # completions scored
         self.failed = 0  # rows for which a function failed, under "skip" or a number
         self.last_fault = ""  # of these, in one sentence
+        self._requests, self._cached = 0, 0  # to all functions since `cached_share` was asked
+        self._caches = [RewardCache(name, f.is_model) if cache else None for name, f in self._named()]
         self._constant_batches = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._callers = [self._caller(function) for function in self.functions]
+
+    def _named(self) -> list[tuple[str, RewardFunction]]:
+        return list(zip(self.names, self.functions, strict=True))
 
     def _caller(self, function: RewardFunction) -> Callable[..., Any]:
         """The function itself, or its stand-in that runs it in a process which can be ended."""
@@ -147,19 +147,35 @@ class Rewards:
         self._watch([result.total for result in results if result.total is not None])
         return results
 
-    def _ask(self, arguments: dict[str, Any], count: int) -> list[_Answer]:
-        """Calls every function; the async ones wait together."""
+    def _ask(self, arguments: dict[str, Any], count: int) -> list[Answer]:
+        """Calls every function for what is not known; the async ones wait together."""
+        everything = Plan([None] * count, list(range(count)), list(range(count)), {})
         results: list[Any] = []
-        for function, caller in zip(self.functions, self._callers, strict=True):
+        plans: list[Plan] = []
+        for function, caller, cache in zip(self.functions, self._callers, self._caches, strict=True):
             chosen = function.select(arguments)
+            plans.append(cache.plan(chosen, count) if cache else everything)
+            asked = plans[-1].asked
             try:
-                results.append(caller(**copy.deepcopy(chosen)))
+                results.append(caller(**copy.deepcopy(pick(chosen, asked))) if asked else [])
             except (Exception, SystemExit) as error:  # what follows from it is on_error's to say
                 results.append(error)
         waiting = [index for index, result in enumerate(results) if inspect.isawaitable(result)]
         for index, outcome in zip(waiting, self._await([results[index] for index in waiting]), strict=True):
             results[index] = outcome
-        return [_read(result, count) for result in results]
+        answers = [_read(result, len(plan.asked)) for result, plan in zip(results, plans, strict=True)]
+        self._requests += count * len(plans)
+        self._cached += sum(count - len(plan.asked) for plan in plans)
+        return [
+            cache.complete(plan, answer) if cache else answer
+            for cache, plan, answer in zip(self._caches, plans, answers, strict=True)
+        ]
+
+    def cached_share(self) -> float:
+        """Share of the requests since this was last asked that no function was called for."""
+        share = self._cached / max(self._requests, 1)
+        self._requests, self._cached = 0, 0
+        return share
 
     def _await(self, coroutines: list[Awaitable[Any]]) -> list[Any]:
         """Results or exceptions. One event loop serves all calls, as a client in a reward file belongs to it."""
@@ -183,7 +199,7 @@ class Rewards:
         own = self.timeout is None  # then a TimeoutError is the function's own
         return [late if isinstance(outcome, TimeoutError) and not own else outcome for outcome in outcomes]
 
-    def _consider(self, name: str, answer: _Answer, prompts: Sequence[Any]) -> None:
+    def _consider(self, name: str, answer: Answer, prompts: Sequence[Any]) -> None:
         """Stops at a fault, or keeps it to be told."""
         if answer.faults:
             self.last_fault = _fault_said(name, answer, prompts)
@@ -191,7 +207,7 @@ class Rewards:
                 cure = "set on_error to skip or to a number to go on all the same"
                 raise RewardError(f"{self.last_fault}; {cure}") from next(iter(answer.faults.values()))
 
-    def _combine(self, row: int, answers: list[_Answer]) -> RewardResult:
+    def _combine(self, row: int, answers: list[Answer]) -> RewardResult:
         each = {name: answer.values[row] for name, answer in zip(self.names, answers, strict=True)}
         failing = [name for name, answer in zip(self.names, answers, strict=True) if row in answer.faults]
         if failing:
@@ -257,7 +273,7 @@ def _arguments(
     }
 
 
-def _read(result: Any, count: int) -> _Answer:
+def _read(result: Any, count: int) -> Answer:
     """Sorts what a function returned into rewards and faults. A fault of the call is one of every row."""
     try:
         if isinstance(result, Exception):
@@ -270,8 +286,8 @@ def _read(result: Any, count: int) -> _Answer:
         faults = {row: fault for row, value in enumerate(rows) if (fault := _fault_of(value)) is not None}
         values = [None if value is None or row in faults else float(value) for row, value in enumerate(rows)]
     except Exception as error:  # also of values that fail when they are looked at
-        return _Answer([None] * count, dict.fromkeys(range(count), error))
-    return _Answer(values, faults)
+        return Answer([None] * count, dict.fromkeys(range(count), error))
+    return Answer(values, faults)
 
 
 def _fault_of(value: Any) -> Exception | None:
@@ -293,7 +309,7 @@ def _is_finite_number(value: Any) -> bool:
         return False
 
 
-def _fault_said(name: str, answer: _Answer, prompts: Sequence[Any]) -> str:
+def _fault_said(name: str, answer: Answer, prompts: Sequence[Any]) -> str:
     """The first fault of a function: its name, the row, the process and the prompt."""
     row, error = next(iter(answer.faults.items()))
     prompt = prompts[row] if isinstance(prompts[row], str) else prompts[row][-1].get("content")

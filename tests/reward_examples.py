@@ -40,3 +40,9 @@ def array(completions: list[str]) -> object:
     import numpy
 
     return numpy.arange(len(completions), dtype="float32")
+
+
+def count_into_log(completions: list[str], log: list[str]) -> list[float]:
+    with open(log[0], "a") as file:
+        file.write(f"{len(completions)} ")
+    return [1.0] * len(completions)

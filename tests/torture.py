@@ -49,7 +49,7 @@ SETTINGS = {
 }
 SEGMENT = 16  # episodes: several are full within the run
 PHASES = ("start", "rollout", "reward", "update", "save", "evaluation")
-CLOCKS = {"seconds", "tokens_per_second"}
+CLOCKS = {"seconds", "tokens_per_second", "train/idle_share", "reward/cached"}  # of the process, not of the run
 
 
 # --- the child --------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def table(trials: list[dict[str, Any]]) -> str:
     return f"{sum(fell.values())} kills in {len(trials)} trials fell into\n{rows}{equal} of {len(trials)} ended equal"
 
 
-def main() -> None:
+def main(kind: type[Torture] = Torture, command: str = "python -m tests.torture") -> None:
     """Exits with 1 when a single trial did not end equal."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
@@ -324,13 +324,13 @@ def main() -> None:
         unfinished = before["seed"] == args.seed and before["kills"] < args.kills
         trials = before["trials"] if unfinished else []
     import_what_a_run_needs(folder)
-    torture, started = Torture(folder, args.seed), time.monotonic()
+    torture, started = kind(folder, args.seed), time.monotonic()
     while sum(len(trial["fell"]) for trial in trials) < args.kills:
         trials.append(torture.trial(len(trials)))
         if trials[-1]["different"] or len(trials) % 20 == 0:
             print(f"{time.monotonic() - started:.0f} s: {trials[-1]}", flush=True)
         if args.output:
-            args.output.write_text(json.dumps(summary(args.seed, trials), indent=1) + "\n")
+            args.output.write_text(json.dumps(summary(command, args.seed, trials), indent=1) + "\n")
     print(table(trials))
     if any(trial["different"] for trial in trials):
         sys.exit(f"what is unequal lies in {folder}")
@@ -338,11 +338,11 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def summary(seed: int, trials: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(command: str, seed: int, trials: list[dict[str, Any]]) -> dict[str, Any]:
     """What the result file holds."""
     fell = Counter(place for trial in trials for place in trial["fell"])
     return {
-        "command": "python -m tests.torture",
+        "command": command,
         "seed": seed,
         "kills": sum(fell.values()),
         "trials": trials,

@@ -45,8 +45,9 @@ def cut_at(run: Any, step: int) -> None:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """Lines of metrics without what depends on the clock."""
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics(folder)]
+    """Lines of metrics without what depends on the clock or on when the process began."""
+    of_the_process = ("seconds", "tokens_per_second", "train/idle_share", "reward/cached")
+    return [{k: v for k, v in line.items() if k not in of_the_process} for line in metrics(folder)]
 
 
 def equal_checkpoints(one: Path, other: Path) -> bool:
@@ -56,6 +57,7 @@ def equal_checkpoints(one: Path, other: Path) -> bool:
         found["logbook"]["metrics"].pop("seconds")
         for part in found["logbook"]["metrics"]["open"]:
             part["rates"].clear()
+            part["means"].pop("train/idle_share", None)
         found["recipe"].pop("train.output_dir")
     same = parts.keys() == other_parts.keys() and state == other_state
     return same and all(
