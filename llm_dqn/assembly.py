@@ -142,7 +142,8 @@ def rewards_of(recipe: Recipe) -> Rewards:
     """The reward functions that a recipe names."""
     folders = [Path.cwd(), *([recipe.folder] if recipe.folder else [])]
     facts = recipe.reward
-    return Rewards([load_reward(spec, folders) for spec in facts.funcs], facts.weights, facts.on_error, facts.timeout)
+    functions = [load_reward(spec, folders) for spec in facts.funcs]
+    return Rewards(functions, facts.weights, facts.on_error, facts.timeout, facts.cache)
 
 
 def logged_rows(args: DQNConfig, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Sequence[data.LoggedRow]:

@@ -33,7 +33,7 @@ NOTED = _names(
     rollout.engine rollout.num_generations rollout.prompts_per_collect rollout.temperature rollout.top_k rollout.top_p
     rollout.collectors rollout.publish_steps replay.max_age
     rollout.min_p rollout.epsilon.start rollout.epsilon.end rollout.epsilon.steps rollout.explore
-    reward.on_error
+    reward.on_error reward.cache
     dqn.n_step dqn.lam dqn.corrected dqn.loss dqn.target_sync_steps dqn.target_tau dqn.advantage_weight dqn.cql_weight
     replay.learning_starts replay.updates_per_collect replay.prioritized replay.success_share
     train.learning_rate train.value_learning_rate train.weight_decay train.max_grad_norm train.warmup_steps

@@ -173,6 +173,10 @@ class RewardSection(Section):
         default="all",
         description="Which processes call the rewards: each for its share, or the main one for all (rate limits).",
     )
+    cache: StrictBool = Field(
+        default=True,
+        description="Ask a function that proves deterministic once a request. Repeats still count as scored.",
+    )
 
 
 class DQNSection(Section):

@@ -312,6 +312,7 @@ class DQNTrainer(Checkpointed):
         return stream_seed(self.args.seed, *names, self.parts.accelerator.process_index)
 
     def written(self, work: Callable[[Writer], T], rows: int) -> T:
+            facts["reward/cached"] = self.parts.rewards.cached_share()
         """What `work` with a writer returns; the writer writes fewer completions at a time when memory runs out."""
         return self.writing.run(lambda size: work(replace(self.parts.writer, batch_size=size)), rows)
 
