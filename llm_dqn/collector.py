@@ -5,20 +5,23 @@ import secrets
 import socket
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llm_dqn import data, exchange, models
-from llm_dqn.assembly import Inputs, network_for, stream_seed
+from llm_dqn.assembly import Inputs, network_for, stream_seed, writer_for
 from llm_dqn.errors import UserError
 from llm_dqn.evaluation import judged
 from llm_dqn.inputs import inputs_of
+from llm_dqn.memory import writing_batch
 from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.recipe import DQNConfig, load_recipe, resolve_path
-from llm_dqn.rollout import Writer, rollout, verify_generator
+from llm_dqn.rollout import rollout, verify_generator
+from llm_dqn.types import Episode, Prompt
 
 AHEAD = 4  # segments that a collector may be ahead of the learner: what is written later is written by a newer policy
 PERIOD = 0.2  # seconds between two looks at the learner
@@ -56,16 +59,45 @@ class _Worker:
     number: int = 0  # of the next segment
 
 
+class Actor:
+    """Writes by policies that a learner elsewhere has learned, and has the completions scored."""
+
+    def __init__(self, args: DQNConfig, inputs: Inputs, device: torch.device, say: Callable) -> None:
+        self.args, self.inputs = args, inputs
+        self.network = network_for(args, inputs, device, target="head")
+        self.writer = writer_for(args, inputs, self.network)
+        self.vocabulary = models.vocabulary_hash(inputs.tokenizer)
+        self.batch = writing_batch(self.writer.batch_size, say)
+        self._verified = False
+
+    def take_over(self, tensors: Mapping[str, Tensor], source: Path) -> None:
+        """Acts by these weights of an online network from now on. Raises UserError when they do not fit the model."""
+        twins = {f"target_{name}": value for name, value in tensors.items() if name.startswith("heads.")}
+        try:
+            self.network.load_checkpoint_state({**tensors, **twins})
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{source}: the policy does not fit this recipe's model: {error}") from error
+        if not self._verified:
+            verify_generator(self.writer, self.inputs.train_prompts)
+            self._verified = True
+
+    def write(self, prompts: Sequence[Prompt], epsilon: float, seed: int, version: int) -> list[Episode]:
+        """One completion a prompt with its reward; those on which every reward abstained are left out."""
+        args = self.args
+        policy = BehaviourPolicy(args.temperature, args.top_k, args.top_p, args.min_p, epsilon, args.explore)
+
+        def attempt(rows: int) -> list[Episode]:
+            return rollout(replace(self.writer, batch_size=rows), prompts, policy, seed, policy_version=version)
+
+        return judged(self.inputs.rewards, self.batch.run(attempt, len(prompts)))
+
+
 class Collector:
     """policy: folder in which the learner publishes. into: where segments go."""
 
     def __init__(self, args: DQNConfig, inputs: Inputs, policy: Path, into: Path, say: Callable) -> None:
         self.args, self.inputs, self.policy, self.into, self.say = args, inputs, policy, into, say
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network = network_for(args, inputs, device, target="head")
-        stop_ids = frozenset(models.stop_token_ids(inputs.model, inputs.tokenizer))
-        self.writer = Writer(self.network, inputs.tokenizer, stop_ids, args.max_completion_length)
-        self.vocabulary = models.vocabulary_hash(inputs.tokenizer)
+        self.actor = Actor(args, inputs, torch.device("cuda" if torch.cuda.is_available() else "cpu"), say)
         self.worker: _Worker | None = None
         self.epsilon, self.version = 1.0, -1
 
@@ -101,13 +133,7 @@ class Collector:
         if step != self.version:
             policy = exchange.read_policy(self.policy)
             if policy.run == run:
-                twins = {f"target_{name}": value for name, value in policy.tensors.items() if name.startswith("heads.")}
-                try:
-                    self.network.load_checkpoint_state(policy.tensors | twins)
-                except (RuntimeError, KeyError) as error:
-                    raise UserError(f"{self.policy}: the policy does not fit this recipe's model: {error}") from error
-                if self.version < 0:
-                    verify_generator(self.writer, self.inputs.train_prompts)
+                self.actor.take_over(policy.tensors, self.policy)
                 self.epsilon, self.version = policy.epsilon, policy.step
         return self.worker
 
@@ -115,15 +141,13 @@ class Collector:
         """Writes one; how many completions were scored for it."""
         args = self.args
         prompts = worker.stream.next_batch(args.prompts_per_collect)[:left]
-        policy = BehaviourPolicy(args.temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
         seed = stream_seed(args.seed, COLLECTOR, zlib.crc32(worker.name.encode()), worker.number)
-        episodes = rollout(self.writer, prompts, policy, seed, policy_version=self.version)
-        scored = judged(self.inputs.rewards, episodes)
+        scored = self.actor.write(prompts, self.epsilon, seed, self.version)
         exchange.write_segment(
-            self.into, worker.name, worker.number, len(episodes), scored, worker.run, self.vocabulary
+            self.into, worker.name, worker.number, len(prompts), scored, worker.run, self.actor.vocabulary
         )
         worker.number += 1
-        return len(episodes)
+        return len(prompts)
 
 
 def _plain(host: str) -> str:

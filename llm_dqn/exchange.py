@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from llm_dqn.checkpoint import as_arrays, as_tensors
+from llm_dqn.checkpoint import as_arrays, as_tensors, sha256
 from llm_dqn.errors import RunError
 from llm_dqn.replay import ENDED, PrefixReplay
 from llm_dqn.saver import sync
 from llm_dqn.types import Episode
 
 POLICY, TAKEN, FINISHED = "policy.safetensors", "taken.json", "finished"
+_ORDER = re.compile(r"order\.(\d{6,})\.safetensors", flags=re.ASCII)
 _NAME = re.compile(r"([\w-]+)\.(\d{6,})\.(\d+)\.([0-9a-f]{64})\.safetensors", flags=re.ASCII)
 
 
@@ -164,6 +165,56 @@ def read_policy(folder: Path) -> Policy:
         about = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return Policy(about["run"], int(about["step"]), float(about["epsilon"]), tensors)
+
+
+# --- orders, from a learner to the collectors that it started itself --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """One segment that is to be written, by a policy that lies beside it. A collector needs to know nothing else.
+
+    number: of the segment. step: of the policy. prompts: where the stream of prompts stands, of which `draw` are to be
+    continued, in at most `completions` completions. scored: completions that were scored before, which key the seed.
+    """
+
+    number: int
+    step: int
+    epsilon: float
+    prompts: dict[str, int]
+    draw: int
+    completions: int
+    scored: int
+
+
+def place_order(folder: Path, order: Order, tensors: Mapping[str, Tensor]) -> str:
+    """Writes an order with its policy, whole or not at all; returns its digest, by which segments answer it."""
+    file = order_file(folder, order.number)
+    temporary = file.with_name(f".{file.name}.tmp")
+    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(whole, temporary, {"order": json.dumps(asdict(order))})
+    digest = sha256(temporary)
+    os.replace(temporary, file)
+    return digest
+
+
+def read_order(file: Path) -> tuple[Order, dict[str, Tensor], str]:
+    """The order, the weights of its policy, and its digest."""
+    with safe_open(file, "pt") as opened:
+        order = Order(**json.loads(opened.metadata()["order"]))
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return order, tensors, sha256(file)
+
+
+def order_file(folder: Path, number: int) -> Path:
+    """Where an order lies."""
+    return folder / f"order.{number:06d}.safetensors"
+
+
+def orders(folder: Path) -> list[tuple[int, Path]]:
+    """(number, file) of all orders in a folder, the oldest first."""
+    found = [(int(parts[1]), file) for file in folder.iterdir() if (parts := _ORDER.fullmatch(file.name))]
+    return sorted(found)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -62,6 +63,7 @@ class Logbook:
             folder / "checkpoints", keep_checkpoints, accelerator.process_index, lambda value: gather([value])
         )
         self.sampled = 0  # lines in samples.jsonl
+        self._waited, self._since = 0.0, time.perf_counter()  # seconds, and when the step began
         self.evaluated: dict[str, float] = {}  # what the last evaluation said, by name in `checkpoint.MEASURES`
 
     # --- opening ----------------------------------------------------------------------------------------------------
@@ -149,6 +151,7 @@ class Logbook:
         was to end at once a checkpoint that is being written is finished.
         """
         self.say(f"training {self.base_name} for {total_steps} steps; everything is written to {self.folder}")
+        self._since = time.perf_counter()
         try:
             with self.console.live(total_steps):
                 yield
@@ -164,10 +167,13 @@ class Logbook:
 
     # --- while learning ---------------------------------------------------------------------------------------------
 
-    def collected(self, episodes: Sequence[Episode], epsilon: float, seconds: float, step: int) -> None:
-        """Notes what the behaviour policy wrote."""
-        tokens = sum(len(episode.completion_ids) for episode in episodes)
-        self.metrics.add_rate("tokens_per_second", tokens, seconds)
+    def collected(
+        self, episodes: Sequence[Episode], epsilon: float, seconds: float, step: int, here: bool = True
+    ) -> None:
+        """Notes what the behaviour policy wrote. seconds: that learning waited. here: written by this process."""
+        self._waited += seconds
+        if here:
+            self.metrics.add_rate("tokens_per_second", sum(len(e.completion_ids) for e in episodes), seconds)
         for episode in episodes:
             self.metrics.add("rollout/reward", episode.reward)
             self.metrics.add("rollout/length", len(episode.completion_ids))
@@ -211,6 +217,10 @@ class Logbook:
 
     def progressed(self, step: int) -> None:
         """Moves the bar, and raises what went wrong with a checkpoint written beside; costs nothing."""
+        now = time.perf_counter()
+        spent, waited = max(now - self._since, 1e-9), self._waited
+        self.metrics.add("train/idle_share", waited / spent, weight=spent)
+        self._since, self._waited = now, 0.0
         self.saver.look()
         self.console.progress(step)
 

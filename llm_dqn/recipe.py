@@ -163,6 +163,14 @@ def _conflicts(recipe: Recipe | DQNConfig) -> Iterator[tuple[tuple[str, ...], st
             ("prioritized", "success_share"),
             f"excludes success_share, which is {s.success_share}; set success_share: 0",
         )
+    if s.overlap and s.collectors is not None:
+        yield ("overlap", "collectors"), f"excludes collectors, which is {s.collectors}; leave one of them out"
+    behind = s.overlap * s.updates_per_collect
+    if s.max_age is not None and s.max_age < behind:
+        yield (
+            ("max_age", "overlap", "updates_per_collect"),
+            f"must be at least overlap x updates_per_collect ({behind}), the age of what is taken in, got {s.max_age}",
+        )
     if s.warmup_steps and s.lr_scheduler_type == "constant":
         yield (
             ("warmup_steps", "lr_scheduler_type"),

@@ -31,7 +31,7 @@ NOTED = _names(
     """
     model.attn_implementation
     rollout.engine rollout.num_generations rollout.prompts_per_collect rollout.temperature rollout.top_k rollout.top_p
-    rollout.collectors rollout.publish_steps replay.max_age
+    rollout.overlap rollout.collectors rollout.publish_steps replay.max_age
     rollout.min_p rollout.epsilon.start rollout.epsilon.end rollout.epsilon.steps rollout.explore
     reward.on_error reward.cache
     dqn.n_step dqn.lam dqn.corrected dqn.loss dqn.target_sync_steps dqn.target_tau dqn.advantage_weight dqn.cql_weight

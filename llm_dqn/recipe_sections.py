@@ -139,6 +139,10 @@ class RolloutSection(Section):
         default="prior",
         description="prior: that share of completions is the base model's; uniform: of tokens, any token (textbook).",
     )
+    overlap: Annotated[Int, Field(ge=0)] = Field(
+        default=0,
+        description="Collector processes that write while the run learns, each a collection behind; 0 = none.",
+    )
     collectors: Text | None = Field(
         default=None,
         description="Folder that `llm-dqn collect` fills and the learner empties; null = the learner writes itself.",

@@ -37,6 +37,11 @@ class StopRequest:
         """128 + the signal's number, as shells count: 143 or 130; 143 when only another process was asked."""
         return 128 + (self.requested or signal.SIGTERM)
 
+    @property
+    def at_once(self) -> bool:
+        """Whether it was asked twice."""
+        return self._leaving
+
     def __enter__(self) -> "StopRequest":
         on_main_thread = threading.current_thread() is threading.main_thread()
         for number in self.SIGNALS if on_main_thread else ():  # Python tells no other thread of signals

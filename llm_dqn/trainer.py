@@ -1,6 +1,5 @@
 """Deep Q-learning on token prefixes: the loop, and the few lines that each of its steps takes."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from llm_dqn.errors import RunError, StepFailed
 from llm_dqn.examiner import Examiner
 from llm_dqn.hub import push
 from llm_dqn.inputs import inputs_from_python, inputs_of
+from llm_dqn.intake import Intake
 from llm_dqn.judging import Judges
 from llm_dqn.launch import check_launch
 from llm_dqn.learner import Learner
@@ -28,9 +28,7 @@ from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.processes import Processes
 from llm_dqn.recipe import DQNConfig, Recipe
 from llm_dqn.rollout import Writer, rollout, verify_generator
-from llm_dqn.shared_folder import SharedFolder
-from llm_dqn.signals import Stopped, StopRequest
-from llm_dqn.trainer_state import Checkpointed
+from llm_dqn.signals import StopRequest
 from llm_dqn.types import Episode, PrefixBatch, TDTarget
 
 T = TypeVar("T")
@@ -39,7 +37,7 @@ MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
 
-class DQNTrainer(Checkpointed):
+class DQNTrainer(Intake):
     """Tunes a causal LM by deep Q-learning against rewards on whole completions.
 
     State: a prompt plus the tokens written so far. Action: the next token. Reward: 0 until the completion ends, then
@@ -126,19 +124,7 @@ class DQNTrainer(Checkpointed):
         self.judges = Judges(parts.rewards, self.processes, on_main=args.called_by == "main")
         seed = stream_seed(args.seed, EVALUATE, 0)  # the same on every process
         self.examiner = Examiner(parts.writer, self.processes, self.judges, self.written, seed)
-        self.shared: SharedFolder | None = None
-        self.source = self.write_and_score
-        if args.collectors is not None:
-            self.shared = SharedFolder(
-                Path(args.collectors),
-                Path(args.output_dir),
-                self.processes,
-                parts.replay.store.vocabulary,
-                max_age=args.max_age,
-                timeout=args.collector_timeout,
-                say=say,
-            )
-            self.source = self.take_in
+        self.source = self.choose_source()
 
     # --- the algorithm ----------------------------------------------------------------------------------------------
 
@@ -156,9 +142,8 @@ class DQNTrainer(Checkpointed):
         try:
             with self.processes:
                 self.begin(resume, allow_changes, replay_repair)
-                self.learn()
-                if self.shared is not None:
-                    self.shared.close()
+                with self.source_open():
+                    self.learn()
                 self.save_model()
                 return self.evaluate()
         finally:
@@ -195,14 +180,10 @@ class DQNTrainer(Checkpointed):
         for _ in range(MAX_EMPTY_COLLECTS):
             if self.budget_left == 0:
                 break
-            started, before = time.perf_counter(), self.parts.stream.state_dict()
-            try:
-                written, episodes = self.source()
-            except StepFailed:
-                self.parts.stream.load_state_dict(before)  # the same prompts come again
-                raise
+            started = time.perf_counter()
+            written, episodes = self.source()
             self.replay.add(episodes)
-            self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step)
+            self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step, not self.apart)
             written, lacking = self.parts.totals(written, len(self.replay) < self.args.learning_starts)
             self.scored_completions += int(written)
             if lacking == 0:
@@ -217,25 +198,12 @@ class DQNTrainer(Checkpointed):
 
     def write_and_score(self) -> tuple[int, list[Episode]]:
         """(how many completions were written, those that got a reward), on this process."""
-        return self.judges.after(self.rollout, self.score)
-
-    def take_in(self) -> tuple[int, list[Episode]]:
-        """The same from collectors: how many completions they had scored, and those young enough to learn from."""
-        assert self.shared is not None
-        self.publish()
-        args, world = self.args, self.processes.world
-        wanted = min(args.prompts_per_collect * args.num_generations, self.budget_left * world)
-        taken = self.shared.take(self.step, wanted, lambda: self.stop.requested is not None)
-        if len(self.replay) == 0 and self.stop.requested:
-            raise Stopped(self.stop.exit_code)
-        for age in taken.ages:
-            self.logbook.add("replay/staleness", float(age))
-        return taken.scored, taken.episodes
-
-    def publish(self) -> None:
-        """Shows the policy to collectors, where there are any."""
-        if self.shared is not None:
-            self.shared.publish(self.step, self.epsilon, self.network.checkpoint_state())
+        before = self.parts.stream.state_dict()
+        try:
+            return self.judges.after(self.rollout, self.score)
+        except StepFailed:
+            self.parts.stream.load_state_dict(before)  # the same prompts come again
+            raise
 
     def rollout(self) -> list[Episode]:
         """Fresh completions by the epsilon-greedy behaviour policy."""
@@ -286,19 +254,6 @@ class DQNTrainer(Checkpointed):
 
     # --- small questions that the loop asks -------------------------------------------------------------------------
 
-    @property
-    def epsilon(self) -> float:
-        """Share of exploration at this step."""
-        return self.parts.epsilon(self.step)
-
-    @property
-    def budget_left(self) -> int:
-        """Completions that this process may still have scored."""
-        budget = self.args.max_scored_completions
-        if budget is None:
-            return sys.maxsize
-        return max(0, budget - self.scored_completions) // self.parts.accelerator.num_processes
-
     def stopping(self) -> bool:
         """Whether any process was asked to stop: heard with each update, and again before a collection, a long one."""
         if self.processes.world == 1:
@@ -312,7 +267,6 @@ class DQNTrainer(Checkpointed):
         return stream_seed(self.args.seed, *names, self.parts.accelerator.process_index)
 
     def written(self, work: Callable[[Writer], T], rows: int) -> T:
-            facts["reward/cached"] = self.parts.rewards.cached_share()
         """What `work` with a writer returns; the writer writes fewer completions at a time when memory runs out."""
         return self.writing.run(lambda size: work(replace(self.parts.writer, batch_size=size)), rows)
 
@@ -329,9 +283,6 @@ class DQNTrainer(Checkpointed):
         found = self.logbook.open(resume, accept, replay_repair)
         if found is not None:
             self.load_state(*found)
-        if self.shared is not None:
-            self.shared.open()
-            self.logbook.say("collectors write the completions: this run does not repeat bit for bit")
         verify_generator(self.parts.writer, self.parts.eval_prompts)
 
     @contextmanager
@@ -361,6 +312,7 @@ class DQNTrainer(Checkpointed):
             kl = self.network.kl(batches[-1].tokens).sum() / batches[-1].action_mask.sum()
             facts = {"rollout/epsilon": self.epsilon, "replay/episodes": len(self.replay), "train/kl": float(kl)}
             facts["train/nonfinite_steps"] = self.nonfinite.total
+            facts["reward/cached"] = self.parts.rewards.cached_share()
             if self.shared is not None:
                 facts["replay/refused"] = self.shared.refused
             line = self.logbook.write(self.step, self.scored_completions, facts)

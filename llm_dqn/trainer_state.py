@@ -10,6 +10,7 @@ from llm_dqn.errors import UserError
 from llm_dqn.logbook import Logbook
 from llm_dqn.network import QNetwork
 from llm_dqn.numerics import NonFiniteSteps
+from llm_dqn.overlap import Overlap
 from llm_dqn.processes import Processes
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.resume import DEALT, restore_schedule
@@ -26,6 +27,7 @@ class Checkpointed:
     processes: Processes
     nonfinite: NonFiniteSteps
     shared: SharedFolder | None
+    overlap: Overlap | None
     step: int
     collected_at: int  # the step before which was collected last
     samples_drawn: int  # minibatches, by this process
@@ -53,6 +55,7 @@ class Checkpointed:
             "scheduler": self.parts.scheduler.state_dict(),
             "logbook": self.logbook.state(),
             "shared": None if self.shared is None else self.shared.state(),
+            "overlap": None if self.overlap is None else self.overlap.state(),
         }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -62,6 +65,7 @@ class Checkpointed:
             "network": self.network.checkpoint_state(),
             "optimizer": checkpoint.optimizer_tensors(self.parts.optimizer),
             f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
+            **({} if self.overlap is None else self.overlap.tensors()),
         }
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -81,6 +85,8 @@ class Checkpointed:
         self.nonfinite.total = state["nonfinite_steps"]
         if self.shared is not None and state.get("shared"):
             self.shared.load_state(state["shared"])
+        if self.overlap is not None and state.get("overlap"):
+            self.overlap.load_state(state["overlap"], tensors)
         self.parts.stream.load_state_dict(state["prompts"])
         restore_schedule(self.parts.scheduler, state["scheduler"])
         self.logbook.load_state(state["logbook"], self.step)

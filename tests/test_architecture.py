@@ -14,10 +14,12 @@ __main__
 cli
 cli_replay cli_collect
 score_files
+overlap_worker
 doctor preflight inference merge collector replay_export replay_statistics
 trainer
+intake
 trainer_state learner examiner
-shared_folder
+shared_folder overlap
 judging inputs
 assembly score_rows logbook hub replay_browser exchange
 bundle saver
@@ -60,6 +62,8 @@ KNOW_CONFIGURATION = {
     "bundle",
     "replay_browser",
     "collector",
+    "overlap_worker",
+    "intake",
     "cli_collect",
 }
 RECIPE_FILES = {"recipe_changes", "offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}

@@ -1,0 +1,135 @@
+"""Where a trainer's completions come from: it writes them itself, or takes in what other processes write."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llm_dqn.exchange import Order
+from llm_dqn.overlap import Overlap
+from llm_dqn.recipe import DQNConfig
+from llm_dqn.shared_folder import SharedFolder
+from llm_dqn.signals import Stopped, StopRequest
+from llm_dqn.trainer_state import Checkpointed
+from llm_dqn.types import Episode
+
+Source = Callable[[], tuple[int, list[Episode]]]  # (how many completions were written, those that got a reward)
+
+
+class Intake(Checkpointed):
+    """The part of a trainer that takes in what others write."""
+
+    args: DQNConfig
+    stop: StopRequest
+    write_and_score: Source
+
+    @property
+    def apart(self) -> bool:
+        """Whether other processes write."""
+        return self.shared is not None or self.overlap is not None
+
+    @property
+    def epsilon(self) -> float:
+        """Share of exploration at this step."""
+        return self.parts.epsilon(self.step)
+
+    @property
+    def budget_left(self) -> int:
+        """Completions that this process may still have scored."""
+        budget = self.args.max_scored_completions
+        if budget is None:
+            return sys.maxsize
+        return max(0, budget - self.scored_completions) // self.parts.accelerator.num_processes
+
+    def choose_source(self) -> Source:
+        """Collectors elsewhere, collectors of this run's own, or nobody but the trainer."""
+        args, parts, say = self.args, self.parts, self.logbook.say
+        self.shared = self.overlap = None
+        if args.collectors is not None:
+            self.shared = SharedFolder(
+                Path(args.collectors),
+                Path(args.output_dir),
+                self.processes,
+                parts.replay.store.vocabulary,
+                max_age=args.max_age,
+                timeout=args.collector_timeout,
+                say=say,
+            )
+            return self.take_in
+        if args.overlap > 0:
+            self.overlap = Overlap(Path(args.output_dir), args.overlap, self.processes, parts.network.device, say)
+            return self.take_ahead
+        return self.write_and_score
+
+    @contextmanager
+    def source_open(self) -> Iterator[None]:
+        """While the run learns. Afterwards collectors are told to finish, or ended where it did not come to its end."""
+        if self.shared is not None:
+            self.shared.open()
+            self.logbook.say("collectors write the completions: this run does not repeat bit for bit")
+        if self.overlap is None:
+            yield
+        else:
+            with self.overlap.running(at_once=lambda: self.stop.at_once):
+                yield
+        if self.shared is not None:
+            self.shared.close()
+
+    # --- from collectors elsewhere ----------------------------------------------------------------------------------
+
+    def take_in(self) -> tuple[int, list[Episode]]:
+        """How many completions collectors had scored, and those of them that are young enough to learn from."""
+        assert self.shared is not None
+        self.publish()
+        args, world = self.args, self.processes.world
+        wanted = min(args.prompts_per_collect * args.num_generations, self.budget_left * world)
+        taken = self.shared.take(self.step, wanted, lambda: self.stop.requested is not None)
+        if len(self.replay) == 0 and self.stop.requested:
+            raise Stopped(self.stop.exit_code)
+        for age in taken.ages:
+            self.logbook.add("replay/staleness", float(age))
+        return taken.scored, taken.episodes
+
+    def publish(self) -> None:
+        """Shows the policy to collectors, where there are any."""
+        if self.shared is not None:
+            self.shared.publish(self.step, self.epsilon, self.network.checkpoint_state())
+
+    # --- from collectors of this run's own --------------------------------------------------------------------------
+
+    def take_ahead(self) -> tuple[int, list[Episode]]:
+        """What was asked for `rollout.overlap` collections ago. What nobody was asked for is written here.
+
+        That is the first collection, while the collectors start.
+        """
+        assert self.overlap is not None
+        if self.overlap.orders:
+            self.order(taking=1)
+            order, episodes = self.overlap.take()
+            written = order.completions
+        else:
+            written, episodes = self.write_and_score()
+            self.order(written=written)
+        for episode in episodes:
+            self.logbook.add("replay/staleness", float(self.step - episode.policy_version))
+        return written, episodes
+
+    def order(self, taking: int = 0, written: int = 0) -> None:
+        """Asks for the segments of the next collections, never more than will be taken or the budget allows.
+
+        taking: segments among those asked for that this collection takes. written: completions not yet counted.
+        """
+        assert self.overlap is not None
+        args, stream = self.args, self.parts.stream
+        to_come = (args.max_steps - 1 - self.step) // args.updates_per_collect
+        while len(self.overlap.orders) < taking + min(args.overlap, to_come):
+            ahead = self.overlap.ordered + written
+            left, position = self.budget_left - ahead, stream.state_dict()
+            draw = -(-args.prompts_per_collect // self.processes.world)
+            completions = min(draw * args.num_generations, left)
+            if completions <= 0:
+                break
+            stream.next_batch(draw)
+            scored = self.scored_completions + ahead * self.processes.world
+            order = Order(self.overlap.next, self.step, self.epsilon, position, draw, completions, scored)
+            self.overlap.place(order, self.network.checkpoint_state())

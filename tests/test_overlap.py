@@ -1,0 +1,154 @@
+"""Collectors that a run starts beside itself: what they cost, what they repeat, how they end. Real processes."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_dqn import checkpoint, exchange
+from llm_dqn.errors import StepFailed, UserError
+from llm_dqn.recipe import RecipeError, load_recipe
+from llm_dqn.trainer import DQNTrainer
+from tests.faults.runs import WEIGHTS, equal_checkpoints, logged, start, wait_for
+from tests.test_trainer import metrics, trainer
+
+STEPS, SIZE, BUDGET = 4, 32, 136  # learner steps between collections, completions of one, and in all
+JUDGE = """
+import os, time
+def length(completions, **columns):
+    with open(os.environ["CALLS"], "a") as stream:
+        stream.write(f"{os.getpid()} {len(completions)}\\n")
+    if os.getpid() != int(os.environ["LEARNER"]):
+        time.sleep(float(os.environ.get("SLOW", "0")))
+        if os.environ.get("FAILS"):
+            raise KeyError("judge")
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Calls of a reward, as lines of "process completions"."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("LEARNER", str(os.getpid()))
+    return tmp_path / "calls"
+
+
+def settings(run: Path, *more: str) -> list[str]:
+    facts = [f"train.output_dir={run}", f"reward.funcs=[{run.parent}/judge.py:length]", "rollout.overlap=1"]
+    facts += ["reward.cache=false"]  # so that every completion is seen
+    facts += [f"rollout.prompts_per_collect={SIZE}", f"replay.learning_starts={SIZE}", "train.save_steps=0"]
+    facts += [f"replay.updates_per_collect={STEPS}", "train.eval_steps=0", "train.logging_steps=2"]
+    return [*facts, f"train.max_scored_completions={BUDGET}", "train.final_eval_prompts=2", *more]
+
+
+def learner(run: Path, *more: str) -> Any:
+    return DQNTrainer.from_recipe(load_recipe("hello_world", settings(run, *more)))
+
+
+def asked(calls: Path) -> dict[int, list[int]]:
+    """Process -> completions of each of its calls."""
+    found: dict[int, list[int]] = {}
+    for line in calls.read_text().splitlines():
+        process, count = map(int, line.split())
+        found.setdefault(process, []).append(count)
+    return found
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_the_budget_is_exact_and_a_stopped_run_goes_on_exactly(judge, tmp_path):
+    """Also what was written ahead is asked for once. The first collection is the learner's own, as without overlap."""
+    report = learner(tmp_path / "whole").train()
+    calls = asked(judge)
+    own = calls.pop(os.getpid())
+    (others,) = calls.values()
+    assert own[0] == SIZE and others == [SIZE, SIZE, SIZE, BUDGET - 4 * SIZE]
+    lines = metrics(tmp_path / "whole")
+    assert lines[-1]["scored_completions"] == BUDGET and lines[-1]["step"] == 5 * STEPS
+    assert [line["replay/staleness"] for line in lines if "replay/staleness" in line] == [0, STEPS, STEPS, STEPS, STEPS]
+    assert all(0 <= line["train/idle_share"] <= 1 for line in lines)
+    assert report["tuned"]["prompts"] == 2 and not (tmp_path / "whole" / "overlap").exists()
+
+    judge.unlink()
+    cut = learner(tmp_path / "cut")
+    update = cut.update
+
+    def interrupted(*given: Any) -> None:
+        if cut.step == 2 * STEPS + 1:
+            signal.raise_signal(signal.SIGINT)
+        update(*given)
+
+    cut.update = interrupted
+    with pytest.raises(SystemExit) as stopped:
+        cut.train()
+    assert stopped.value.code == 130
+    assert len(exchange.segments(tmp_path / "cut" / "overlap")) == 1  # it was finished, for the next half
+    learner(tmp_path / "cut").train(resume=True)
+    calls = asked(judge)
+    assert sum(sum(counts) for process, counts in calls.items() if process != os.getpid()) == BUDGET - SIZE
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    for name in ("samples.jsonl", *WEIGHTS):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    last = f"checkpoints/step-{5 * STEPS:06d}"
+    assert equal_checkpoints(tmp_path / "cut" / last, tmp_path / "whole" / last)
+
+
+def test_a_collector_that_fails_ends_the_run_which_is_saved(judge, tmp_path, monkeypatch):
+    """With the reward's own message; and one that is killed is named. What was learned so far is whole."""
+    monkeypatch.setenv("FAILS", "yes")
+    with pytest.raises(StepFailed, match=r"collector 0 of 1 \(rollout.overlap\): the reward 'length' failed.*KeyError"):
+        learner(tmp_path / "run").train()
+    newest, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest is not None and checkpoint.step_of(newest) == STEPS
+
+    monkeypatch.delenv("FAILS")
+    monkeypatch.setenv("SLOW", "60")
+    run = learner(tmp_path / "run")
+    take = run.overlap.take
+
+    def killing() -> Any:
+        (child,) = run.overlap._children
+        child.kill()
+        return take()
+
+    run.overlap.take = killing
+    with pytest.raises(StepFailed, match=r"collector 0 of 1 .* was ended from outside by SIGKILL"):
+        run.train(resume=True)
+    assert (run.step, run.scored_completions) == (STEPS, SIZE)
+
+
+def test_collectors_end_with_a_learner_that_is_killed(judge, tmp_path):
+    """Even in the middle of a slow reward."""
+    environment = {"CALLS": str(judge), "LEARNER": "0", "SLOW": "2"}
+    process = start("llm_dqn", "train", "hello_world", *settings(tmp_path / "run", "rollout.overlap=2"), **environment)
+    try:
+        wait_for(lambda: judge.is_file() and len(asked(judge)) == 3, process)
+        others = [pid for pid in asked(judge) if pid != process.pid]
+        assert all(alive(pid) for pid in others)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        while any(alive(pid) for pid in others):
+            assert time.monotonic() < deadline, "orphans"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+
+
+def test_what_cannot_overlap_is_refused(tiny_llama_path, tmp_path):
+    with pytest.raises(UserError, match=r"overlap=1: collectors are processes of their own.*from_recipe"):
+        trainer(tiny_llama_path, tmp_path, overlap=1)
+    with pytest.raises(RecipeError, match="excludes collectors, which is x"):
+        load_recipe("hello_world", ["rollout.overlap=1", "rollout.collectors=x"])
+    with pytest.raises(RecipeError, match=r"must be at least overlap x updates_per_collect \(8\)"):
+        load_recipe("hello_world", ["rollout.overlap=2", "replay.max_age=7"])
+    assert json.dumps(load_recipe("hello_world").rollout.overlap) == "0"
