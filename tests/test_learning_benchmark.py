@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.learning import cells, dqn, graphs, letters, measure, protocol, store, summary, sums
+from benchmarks.learning import cells, dqn, figures, graphs, letters, measure, protocol, store, sums
 from benchmarks.learning.bases import BaseRecipe, base_model
 from benchmarks.learning.course import Course
 from benchmarks.learning.fine_tuning import train_online
@@ -156,10 +156,10 @@ def result(scores, ats=(0, 128, 256)):
 
 def test_marks_are_read_between_points():
     course = result([0.2, 0.4, 0.8])
-    assert summary.reached(course, 0.3) == pytest.approx(64)
-    assert summary.reached(course, 0.6) == pytest.approx(192)
-    assert summary.reached(course, 0.1) == 0
-    assert math.isinf(summary.reached(course, 0.9))
+    assert figures.reached(course, 0.3) == pytest.approx(64)
+    assert figures.reached(course, 0.6) == pytest.approx(192)
+    assert figures.reached(course, 0.1) == 0
+    assert math.isinf(figures.reached(course, 0.9))
 
 
 def test_auc_counts_pairs_in_order():
@@ -170,8 +170,14 @@ def test_auc_counts_pairs_in_order():
 
 def test_the_best_peer_sets_the_marks():
     methods = {"ours": [result([0.2, 0.9, 1.0])], "grpo": [result([0.2, 0.3, 0.4])], "rloo": [result([0.2, 0.5, 0.6])]}
-    assert summary.thresholds(methods) == pytest.approx((0.4, 0.56))
-    assert summary.ratio(methods, "ours", 0) == pytest.approx((128 * 2 / 3) / (128 * 2 / 7))
+    assert figures.thresholds(methods) == pytest.approx((0.4, 0.56))
+    assert figures.ratio(methods, "ours", 0).value == pytest.approx((128 * 2 / 3) / (128 * 2 / 7))
+    slow = methods | {"ours": [result([0.2, 0.2, 0.45])]}
+    found = figures.ratio(slow, "ours", 1)
+    assert (found.bound, found.value) == ("<", pytest.approx((128 + 128 * 0.6) / 256))
+    # a call of a second each on top of a hundredth of a CPU second
+    assert figures.spent(methods["ours"], 0.56, cost=1.0)[0] == [pytest.approx(128 * 0.36 / 0.7 * 1.01)]
+    assert figures.lead(methods, "ours", 256)[0] == pytest.approx(0.4)
 
 
 def test_every_tuned_method_has_the_same_number_of_configurations():

@@ -1,0 +1,128 @@
+"""What the rows of a table come to: ratios, leads, drift, time, the critic, and choosing among candidates."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.learning.figures import Results, at_mark, geometric_mean, lead, mean_score, ratio, spent, thresholds
+from benchmarks.learning.methods import REGIMES
+from benchmarks.learning.protocol import Plan, Result, is_ours
+from benchmarks.learning.search import PARTS
+
+COSTS = (0.0, 0.1, 1.0)  # seconds that a reward call takes
+RULES = {"sample": "any", "value": "V", "log_ratio": "sum of Q - V", "likelihood": "likelihood", "oracle": "the best"}
+
+
+def verdicts(plan: Plan, results: Results) -> list[str]:
+    """One line each, of all tasks."""
+    lines = []
+    for ours in (name for name in plan.methods if is_ours(name)):
+        label = REGIMES[plan.regime].methods[ours].label
+        for which, mark in enumerate(("50 %", "90 %")):
+            found = {task: ratio(methods, ours, which) for task, methods in results.items()}
+            known = {task: value for task, value in found.items() if value is not None}
+            if known:
+                each = ", ".join(f"{task} {value}" for task, value in known.items())
+                mean = geometric_mean([value.value for value in known.values()])
+                lines.append(
+                    f"{label}, {mark}: the best peer needs {mean:.2f} times as much (geometric mean; {each}; > or <: "
+                    "one of the two never got there and counts with all it was given)."
+                )
+        leads = {task: lead(methods, ours, plan.budget) for task, methods in results.items()}
+        told = [f"{task} {x:+.3f} ({a:+.3f} to {b:+.3f})" for task, (x, a, b) in _known(leads).items()]
+        if told:
+            lines.append(f"{label}, score at {plan.budget:,} less the best peer's there: {', '.join(told)}.")
+        if not REGIMES[plan.regime].online:
+            lines += _drift(plan, results, ours, label)
+    return [f"- {line}" for line in lines]
+
+
+def _known(found: dict[str, Any]) -> dict[str, Any]:
+    return {task: value for task, value in found.items() if value is not None}
+
+
+def _drift(plan: Plan, results: Results, ours: str, label: str) -> list[str]:
+    quarter = plan.budget // 4
+    each = [
+        f"{task} {np.mean([_score_at(one, quarter) for one in methods[ours]]):.3f}, {mean_score(methods[ours]):.3f}"
+        for task, methods in results.items()
+        if ours in methods
+    ]
+    return [f"{label}, score after {quarter:,} and {plan.budget:,} updates: {'; '.join(each)}."] if each else []
+
+
+def _score_at(result: Result, mark: int) -> float:
+    return mean_score([{**result, "points": [at_mark(result, mark)]}])
+
+
+def extras(plan: Plan, results: Results) -> list[str]:
+    """Further tables, where there is something to put into them."""
+    if not REGIMES[plan.regime].online:
+        return []
+    tables = (time_table(plan, results), critic_table(plan, results), search_table(plan, results))
+    return [line for table in tables if table for line in ("", *table)]
+
+
+def _rows(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    return [title, "", *(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))]
+
+
+def time_table(plan: Plan, results: Results) -> list[str]:
+    """Seconds to the upper mark where a reward call costs time."""
+    rows = []
+    for task, methods in results.items():
+        limits = thresholds(methods)
+        for method, seeds in methods.items() if limits is not None else ():
+            cells = []
+            for cost in COSTS:
+                each, there = spent(seeds, limits[1], cost)
+                cells.append(f"{np.median(each):,.0f}" if there else f"> {np.median(each):,.0f}")
+            rows.append([task, REGIMES[plan.regime].methods[method].label, *cells])
+    title = "Seconds to the 90 % mark where a reward call takes that long: CPU seconds and calls, one after the other."
+    return _rows(title, ["task", "method", *(f"{cost:g} s a call" for cost in COSTS)], rows)
+
+
+def critic_table(plan: Plan, results: Results) -> list[str]:
+    """How well V ranks what the policy writes, after so many completions and by the part of a completion seen."""
+    rows = []
+    for task, methods in results.items():
+        for method, seeds in methods.items():
+            points = list(zip(*(result["points"] for result in seeds), strict=True))
+            for row in points[1:]:
+                found = [point["critic"] for point in row if "critic" in point]
+                if found:
+                    rows.append([task, method, f"{row[0]['at']:,}", *_critic_cells(found)])
+    title = (
+        "The critic: AUC of V for ending above the mean reward, in brackets that of the true value where answers can "
+        "be listed, by the part of the completion seen; R2 of V at the end."
+    )
+    return _rows(title, ["task", "method", "at", *(f"{part:.0%}" for part in PARTS), "R2"], rows)
+
+
+def _critic_cells(found: Sequence[dict[str, float]]) -> list[str]:
+    def mean(name: str) -> float:
+        return float(np.mean([one[name] for one in found]))
+
+    oracle = f"oracle_{PARTS[0]:g}" in found[0]
+    cells = [
+        f"{mean(f'auc_{part:g}'):.2f}" + (f" ({mean(f'oracle_{part:g}'):.2f})" if oracle else "") for part in PARTS
+    ]
+    return [*cells, f"{mean(f'r2_{PARTS[-1]:g}'):.2f}"]
+
+
+def search_table(plan: Plan, results: Results) -> list[str]:
+    """Mean reward of the one of four candidates that each rule chooses; all rules write the same number of tokens."""
+    rows = []
+    for task, methods in results.items():
+        for method, seeds in methods.items():
+            for who, name in (("tuned", "tuned policy"), ("base", "base model")):
+                found = [result["search"][who] for result in seeds if "search" in result]
+                if found:
+                    cells = [f"{np.mean([one[rule] for one in found]):.3f}" for rule in RULES]
+                    greedy = np.mean([result["points"][-1 if who == "tuned" else 0]["greedy"] for result in seeds])
+                    rows.append([task, f"{method}, {name}", f"{greedy:.3f}", *cells])
+    title = "Choosing among four sampled candidates: mean reward of what each rule picks; greedy beside it."
+    return _rows(title, ["task", "candidates of", "greedy", *RULES.values()], rows)
