@@ -173,13 +173,13 @@ class RewardSection(Section):
     timeout: Annotated[Float, Field(gt=0)] | None = Field(
         default=None, description="Seconds a call of a reward function may take; null = no limit."
     )
-    called_by: Literal["all", "main"] = Field(
-        default="all",
-        description="Which processes call the rewards: each for its share, or the main one for all (rate limits).",
-    )
     cache: StrictBool = Field(
         default=True,
         description="Ask a function that proves deterministic once a request. Repeats still count as scored.",
+    )
+    called_by: Literal["all", "main"] = Field(
+        default="all",
+        description="Which processes call the rewards: each for its share, or the main one for all (rate limits).",
     )
 
 
@@ -270,6 +270,10 @@ class ReplaySection(Section):
     success_share: Share = Field(
         default=0.7,
         description="Share of a batch drawn from episodes that scored above the buffer's mean; 0 = uniform.",
+    )
+    success_odds: Annotated[Float, Field(ge=1)] = Field(
+        default=8.0,
+        description="How many times likelier than another such an episode may be drawn: few lucky ones count less.",
     )
     warm_start: Text | None = Field(
         default=None, description="JSONL of prompt, completion, reward that fills the buffer before step 0."

@@ -1,5 +1,6 @@
 """Prefix replay: whole episodes are stored once and every prefix of them is learned from."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,18 +26,25 @@ def uniform() -> SamplingRule:
     return sample
 
 
-def success_biased(share: float) -> SamplingRule:
-    """At least `share` of a batch are episodes that scored above the buffer's mean reward: the rare good ones.
+def success_biased(share: float, odds: float = math.inf) -> SamplingRule:
+    """`share` of a batch are episodes that scored above the buffer's mean reward: the rare good ones.
 
-    Positive-bias sampling as in https://arxiv.org/abs/2604.08706. Uniform while all rewards are equal.
+    odds: how many times likelier than any other each of them may at most be drawn. While there are few, that lowers
+    their share: one lucky episode seen over and over is learned by heart, mistakes included. Never below their share
+    of the buffer. Positive-bias sampling as in https://arxiv.org/abs/2604.08706; the limit is measured in
+    `benchmarks/LOG.md`. Uniform while all rewards are equal.
     """
 
     def sample(replay: "PrefixReplay", size: int, rng: np.random.Generator) -> np.ndarray:
         rewards = replay.rewards
-        successes = np.flatnonzero(rewards > rewards.mean() + 1e-9)
-        count = round(share * size) if len(successes) else 0
-        anywhere = rng.integers(len(replay), size=size - count)
-        return np.concatenate([rng.choice(successes, size=count), anywhere]) if count else anywhere
+        good = rewards > rewards.mean() + 1e-9
+        successes, others = np.flatnonzero(good), np.flatnonzero(~good)
+        if not len(successes):
+            return rng.integers(len(replay), size=size)
+        there = len(successes) / len(rewards)
+        limited = 1 / (1 + (1 - there) / (there * odds))
+        count = int(size * max(there, min(share, limited)) + rng.random())  # rounded up or down at random: exact mean
+        return np.concatenate([rng.choice(successes, size=count), rng.choice(others, size=size - count)])
 
     return sample
 

@@ -66,9 +66,20 @@ def test_uniform_sampling_reaches_every_episode_equally():
 def test_success_biased_sampling_keeps_its_share():
     replay = _filled(capacity=100, rewards=(0.0,) * 9 + (1.0,))
     slots = success_biased(0.7)(replay, 10_000, np.random.default_rng(0))
-    assert np.mean(slots == 9) == pytest.approx(0.7 + 0.3 / 10, abs=0.01)
+    assert np.mean(slots == 9) == pytest.approx(0.7, abs=0.001)
+    many = _filled(capacity=100, rewards=(1.0,) * 9 + (0.0,))
+    slots = success_biased(0.7)(many, 10_000, np.random.default_rng(0))
+    assert np.mean(slots == 9) == pytest.approx(0.1, abs=0.001), "never rarer than in the buffer"
     equal = _filled(rewards=(0.5, 0.5, 0.5))
     assert set(success_biased(0.7)(equal, 300, np.random.default_rng(0))) == {0, 1, 2}
+
+
+def test_a_single_success_is_drawn_so_many_times_as_often_as_a_failure():
+    replay = _filled(capacity=100, rewards=(0.0,) * 19 + (1.0,))
+    rng, rule = np.random.default_rng(0), success_biased(0.7, odds=8.0)
+    slots = np.concatenate([rule(replay, 16, rng) for _ in range(5_000)])
+    times = np.bincount(slots, minlength=20)
+    assert times[19] / times[:19].mean() == pytest.approx(8.0, rel=0.05)
 
 
 def test_prioritized_sampling_prefers_large_and_recent_errors():
