@@ -22,8 +22,9 @@ quickstart: $(STAMP)  ## train the shipped tiny model against the shipped reward
 test: $(STAMP)  ## all tests that this machine can run
 	$(RUN) $(BIN)/python -m pytest
 
-torture: $(STAMP)  ## 200 times kill -9 and --resume; a quarter of an hour
+torture: $(STAMP)  ## 200 times kill -9 and --resume, and 100 times one of two processes; half an hour
 	$(RUN) $(BIN)/python -m tests.torture --kills 200 --output benchmarks/results/torture.json
+	$(RUN) $(BIN)/python -m tests.torture_processes --kills 100 --output benchmarks/results/torture_processes.json
 
 check: $(STAMP)  ## format, lint, types, and which file may import which
 	$(BIN)/ruff format --check .
@@ -52,7 +53,7 @@ bench: $(STAMP)  ## the fast benchmarks: updates, rollouts, replay, where time g
 
 bench-learning: $(STAMP)  ## the short learning benchmark: what a reward call teaches, beside TRL's GRPO and plain SFT
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
-	$(RUN) $(BIN)/python -m benchmarks.learning quick --fresh
+	$(RUN) $(BIN)/python -m benchmarks.learning quick --fresh --workers 2
 
 clean:  ## remove what was built; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

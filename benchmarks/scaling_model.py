@@ -151,18 +151,19 @@ def checked() -> str:
         return ""
     facts = json.loads(RESULTS.read_text())
     return (
-        f"`{facts['command']}`: {facts['reduced_bytes_a_step']:,.0f} bytes in {facts['buckets_a_step']:.0f} bucket(s) "
-        f"were summed a step by DDP; the formula (4 bytes x {facts['trainable']:,} tuned weights) says "
-        f"{4 * facts['trainable']:,}."
+        f"`{facts['command']}`: {facts['bytes_a_step']:,.0f} bytes in {facts['sums_a_step']:.0f} messages were summed "
+        f"a step; the formula (4 bytes x {facts['trainable']:,} tuned weights) says {4 * facts['trainable']:,}. The "
+        "rest is a number for each tensor, whether it has a gradient, and five more: action tokens, positive "
+        "advantage, and whether a process has found NaN, has run out of memory, was asked to stop."
     )
 
 
 def check() -> None:
-    """Counts what DDP sums in a run of two processes on the quickstart's model."""
+    """Counts what is summed in a run of two processes on the quickstart's model."""
     from benchmarks.processes import measure
 
-    run = measure(2, steps=16)
-    names = ("reduced_bytes_a_step", "buckets_a_step")
+    run = measure(2, steps=16, collect=64)
+    names = ("bytes_a_step", "sums_a_step", "gradients")
     facts = {"command": "python -m benchmarks.scaling_model --check", "trainable": run["gradient_bytes"] // 4}
     RESULTS.write_text(json.dumps(facts | {name: run[name] for name in names}, indent=1) + "\n")
 

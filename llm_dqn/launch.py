@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from llm_dqn.errors import RunError, UserError
+from llm_dqn.processes import LAUNCHER, end_with_launcher
 
 WORLD_SIZE = "LLM_DQN_WORLD_SIZE"  # how many processes were asked for
 STOPPING = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds in which processes that were asked to stop may save
@@ -31,7 +32,7 @@ def launch_processes(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    os.environ[WORLD_SIZE] = str(count)
+    os.environ[WORLD_SIZE], os.environ[LAUNCHER] = str(count), str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     os.environ.setdefault(STOPPING, "600")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages of frames when a process is lost
@@ -45,7 +46,7 @@ def launch_processes(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return _exit_code(error.failures)
     finally:
-        del os.environ[WORLD_SIZE]
+        del os.environ[WORLD_SIZE], os.environ[LAUNCHER]
     return 0
 
 
@@ -116,6 +117,7 @@ def accelerator_for() -> Accelerator:
     on half of everything without a word. Raises UserError as `check_launch` does.
     """
     check_launch()
+    end_with_launcher()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(
         cpu=several and not torch.cuda.is_available(),

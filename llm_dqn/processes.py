@@ -27,6 +27,7 @@ from llm_dqn.terminal import say
 T = TypeVar("T")
 PERIOD = 0.3  # seconds between two looks at the others
 GRACE = 10.0  # seconds that a process has to end by itself once another one failed
+LAUNCHER = "LLM_DQN_LAUNCHER"  # process id of the launcher, where it could say
 _FAILURE = "failure"
 _KINDS: dict[str, type[Exception]] = {"UserError": UserError, "StepFailed": StepFailed, "RunError": RunError}
 Failure = tuple[str, str]  # (one of _KINDS, message)
@@ -149,10 +150,7 @@ class Processes:
     def _end(self) -> None:
         """Ends this process from outside its main thread, which waits for one that will not come."""
         assert self._known is not None
-        for child in multiprocessing.active_children():
-            child.kill()
-        say(f"the run failed: {self._known[1]}", err=True)
-        os._exit(2 if self._known[0] == "UserError" else 1)
+        _end_now(self._known[1], 2 if self._known[0] == "UserError" else 1)
 
     def _leave(self) -> None:
         """Says goodbye; process 0 stays until the others have had time to read why it goes."""
@@ -201,6 +199,29 @@ class Processes:
 
     def _missing(self, rank: int) -> str:
         return f"process {rank} of {self.world} was ended from outside (killed, or memory ran out)"
+
+
+def end_with_launcher() -> None:
+    """Has this process end when torch's launcher, which started it, is killed.
+
+    It would otherwise go on and hold the run folder where nobody looks, or wait half an hour for others at its start.
+    """
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(PERIOD)
+        _end_now("the launcher of the processes was ended from outside (killed); --resume goes on", 1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True, name="watches-launcher").start()
+
+
+def _end_now(message: str, code: int) -> None:
+    for child in multiprocessing.active_children():
+        child.kill()
+    say(f"the run failed: {message}", err=True)
+    os._exit(code)
 
 
 def _error_of(failure: Failure) -> Exception:

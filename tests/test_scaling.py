@@ -33,7 +33,8 @@ def test_replay_and_gradients_are_those_measured():
     assert scaling_model.replay_bytes(1) == 4 * (PROMPT + COMPLETION) + 8 * COMPLETION + 58
     assert facts["bytes_a_transition"]["in memory"] == pytest.approx(bytes_an_episode / completion, rel=0.01)
     counted = json.loads(scaling_model.RESULTS.read_text())
-    assert counted["reduced_bytes_a_step"] == 4 * counted["trainable"] and counted["buckets_a_step"] == 1
+    assert counted["sums_a_step"] == 2
+    assert counted["bytes_a_step"] == 4 * (counted["trainable"] + counted["gradients"] + 5)
 
 
 def test_the_page_has_the_tables_that_the_script_makes():

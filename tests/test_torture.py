@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.torture import differences, outcome
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,23 @@ def test_ten_kills_leave_no_trace(tmp_path):
     assert found["kills"] >= 10 and found["equal"] == len(found["trials"]) > 0
     assert f"{found['equal']} of {found['equal']} ended equal" in ran.stdout
     _every_difference_is_seen(runs / "whole")
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed_leaves_no_trace(tmp_path):
+    """Two of the hundred: the other process ends, and both go on exactly."""
+    result = tmp_path / "torture.json"
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.torture_processes", "--kills", "2", "--folder", tmp_path, "--output", result],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    found = json.loads(result.read_text())
+    assert found["kills"] >= 2 and found["equal"] == len(found["trials"]) > 0
 
 
 def _every_difference_is_seen(run: Path) -> None:
