@@ -82,7 +82,10 @@ class SharedFolder:
         chosen = self.processes.gather(chosen)[0]
         rank, world = self.processes.rank, self.processes.world
         before = (self.refused, self.damaged, self.foreign)
-        taken = self.processes.agree(lambda: self._read(chosen[rank::world], step))
+        # dealt on where the last deal ended: often there is one segment at a time, and the first process got the last
+        dealt = enumerate(chosen, sum(self.next.values()))
+        own = [segment for number, segment in dealt if number % world == rank]
+        taken = self.processes.agree(lambda: self._read(own, step))
         mine = (self.refused - before[0], self.damaged - before[1], self.foreign - before[2])
         counts = [sum(part) for part in zip(*self.processes.gather(mine), strict=True)]
         self.refused, self.damaged, self.foreign = (was + more for was, more in zip(before, counts, strict=True))

@@ -13,6 +13,7 @@ from llm_dqn import checkpoint, exchange
 from llm_dqn.errors import StepFailed, UserError
 from llm_dqn.recipe import RecipeError, load_recipe
 from llm_dqn.trainer import DQNTrainer
+from tests import collecting_worker as two
 from tests.faults.runs import WEIGHTS, equal_checkpoints, logged, start, wait_for
 from tests.test_trainer import metrics, trainer
 
@@ -142,6 +143,31 @@ def test_collectors_end_with_a_learner_that_is_killed(judge, tmp_path):
             time.sleep(0.05)
     finally:
         process.kill()
+
+
+def test_a_learner_of_two_processes_and_what_others_write_for_it(tmp_path):
+    """Collectors of its own, one a process, and one elsewhere: each process holds other episodes, the weights agree."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    environment = {"CALLS": str(tmp_path / "calls"), "LEARNER": "0"}
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.collecting_worker")
+    both = start(*launch, str(tmp_path), **environment)
+    elsewhere = ("hello_world", "--into", str(tmp_path / "segments"), *two.settings(str(tmp_path), "elsewhere"))
+    collector = start("llm_dqn", "collect", *elsewhere, **environment)
+    try:
+        said = both.communicate(timeout=250)[0]
+        assert both.returncode == 0, said[-3000:]
+        assert collector.wait(30) == 0
+    finally:
+        both.kill()
+        collector.kill()
+    notes = [json.loads((tmp_path / f"notes-{rank}.json").read_text()) for rank in (0, 1)]
+    for scene, scored in (("overlap", two.BUDGET), ("elsewhere", 4 * two.SIZE)):  # its segments are whole ones
+        first, second = (note[scene] for note in notes)
+        assert first["scored"] == second["scored"] == scored and first["weights"] == second["weights"]
+        assert first["held"] + second["held"] == scored and min(first["held"], second["held"]) >= two.SIZE
+        assert first["texts"] != second["texts"]
+    ages = [line["replay/staleness"] for line in metrics(tmp_path / "overlap") if "replay/staleness" in line]
+    assert ages == [0, two.STEPS, two.STEPS, two.STEPS]
 
 
 def test_what_cannot_overlap_is_refused(tiny_llama_path, tmp_path):
