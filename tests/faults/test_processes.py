@@ -112,7 +112,9 @@ def test_case_17_a_folder_in_use_is_told_to_both_processes(two):
 
 
 def test_case_17_a_killed_process_ends_the_other_and_the_run_goes_on_afterwards(tmp_path):
-    """Ctrl-C saves on both; SIGKILL of one during a slow reward: the other ends in seconds and says who is gone."""
+    """Ctrl-C saves on both. SIGKILL of one during a slow reward: the other ends in seconds and says who is gone; of the
+    launcher: both do.
+    """
     (tmp_path / "judge.py").write_text(SLOW)
     run = tmp_path / "run"
     settings = [f"train.output_dir={run}", f"reward.funcs=[{tmp_path}/judge.py:slow]", "train.max_steps=100000"]
@@ -139,6 +141,15 @@ def test_case_17_a_killed_process_ends_the_other_and_the_run_goes_on_afterwards(
         assert second.returncode == 1 and "process 1 of 2 was ended from outside" in printed, printed
     finally:
         second.kill()
+    third = start(*command, "--resume", SLOW="300")
+    try:
+        wait_for(lambda: len(children(third.pid)) == 2, third)
+        time.sleep(12)  # wherever they are then: still starting, or at work
+    finally:
+        third.kill()
+    started = time.monotonic()
+    assert "the launcher of the processes was ended from outside" in third.communicate(timeout=60)[0]
+    assert time.monotonic() - started < 20  # both have closed what they write to
     assert checkpoint.newest(run / "checkpoints") == (saved, [])
     RunLock(run).acquire()  # the file that is left behind is in nobody's way
 
@@ -160,6 +171,29 @@ def test_case_36_a_nan_on_one_process_leaves_the_step_out_on_both(two):
     first, second = (note["nan_on_one"] for note in notes)
     assert first["skipped"] == second["skipped"] == 1
     assert first["weights"] == second["weights"] and np.isfinite(first["weights"]).all()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_begin_a_step_again_together_when_memory_runs_out_on_one(two):
+    """They go on with smaller pieces, and learn what they would have learned with enough memory."""
+    _, notes = two
+    for rank, note in enumerate(notes):
+        found = note["memory_runs_out_on_one"]
+        assert max(found["apart"].values()) < 1e-6 < found["moved"]
+        pieces = [[1, 4], [1, 4]] + [[1, 2]] * 4 + [[2, 2]] * 4
+        assert found["pieces"] == [[0, 4]] * 2 + pieces, rank
+        assert found["messages"] == [2, 5, 2]  # the second step is followed by a collection, which takes 3
+        assert note["memory_runs_out_on_one"]["seconds"] < 60
+
+
+def test_memory_that_runs_out_twice_ends_both_processes_alike_and_saved(two):
+    _, notes = two
+    ends = [note["memory_runs_out_for_good"] for note in notes]
+    assert ends[0]["said"] == ends[1]["said"] and ends[0]["said"][0] == "StepFailed"
+    assert "process 1 of 2: out of memory while learning, 2 rows at a time" in ends[0]["said"][1]
+    assert [(end["saved_at"], end["step"]) for end in ends] == [(1, 3), (1, 3)]
 
 
 # --- sharing the work -------------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.lock import RunLock
@@ -24,6 +27,7 @@ def main(path: str, home: str) -> None:
     torch.set_num_threads(1)
     notes: dict[str, Any] = {}
     scenes = (whole_and_cut, nan_on_one, reward_fails_on_one, folder_in_use, more_processes, asked_by_main, examined)
+    scenes = (*scenes, memory_runs_out_on_one, memory_runs_out_for_good)
     for scene in (*scenes, code_fails_on_one):
         started = time.monotonic()
         notes[scene.__name__] = scene(path, Path(home))
@@ -129,6 +133,80 @@ def examined(path: str, home: Path) -> dict[str, Any]:
     write = run.examiner.written
     run.examiner.written = lambda work, rows: (written.append(rows), write(work, rows))[1]  # type: ignore[func-returns-value]
     return {"report": run.train(), "parts": len(written)}
+
+
+def starved(run: Any, place: str, until: float) -> list[tuple[int, int]]:
+    """Lets memory run out on process 1, in its second piece of step 1, where more than `until` rows go at a time.
+
+    Returns what grows to (step, rows) of each piece; `place` is td_target, in which no gradient flows, or the loss.
+    """
+    holder = run if place == "td_target" else run.learner
+    work, pieces = getattr(holder, place), []
+
+    def starving(batch: Any, *given: Any) -> Any:
+        rows = len(batch.slots)
+        second = bool(pieces) and pieces[-1] == (run.step, rows)
+        pieces.append((run.step, rows))
+        result = work(batch, *given)
+        if run.step == 1 and rank_of(run) == 1 and rows > until and second:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return result
+
+    setattr(holder, place, starving)
+    return pieces
+
+
+def memory_runs_out_on_one(path: str, home: Path) -> dict[str, Any]:
+    """In a target, and in a loss after its first piece had gone backward: beside a run that had memory enough."""
+    options = FEW | {"max_steps": 3, "save_steps": 0, "gradient_accumulation_steps": 2, "target_sync_steps": 1}
+    weights, pieces, messages = {}, {}, {}
+    for place in ("enough", "td_target", "loss"):
+        run = trainer(path, home / f"memory-{place}", **options)
+        before = weights_of(run)
+        pieces[place] = starved(run, place, until=2) if place != "enough" else []
+        with counted(run) as messages[place]:
+            run.train()
+        weights[place] = weights_of(run)
+    apart = {place: (found - weights["enough"]).abs().max().item() for place, found in weights.items()}
+    moved = (weights["enough"] - before).abs().max().item()
+    return {"apart": apart, "moved": moved, "pieces": pieces["loss"], "messages": messages["enough"]}
+
+
+def weights_of(run: Any) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in run.parts.trainable])
+
+
+@contextmanager
+def counted(run: Any) -> Iterator[list[int]]:
+    """Sums over processes in each learner step, and in what comes before the next one."""
+    messages: list[int] = []
+    every, update = dist.all_reduce, run.update
+
+    def counting(*given: Any, **options: Any) -> Any:
+        if messages:
+            messages[-1] += 1
+        return every(*given, **options)
+
+    def updating(batches: Any) -> None:
+        messages.append(0)
+        update(batches)
+
+    dist.all_reduce, run.update = counting, updating
+    run.evaluate = dict
+    try:
+        yield messages
+    finally:
+        dist.all_reduce = every
+
+
+def memory_runs_out_for_good(path: str, home: Path) -> dict[str, Any]:
+    """Half of the rows are too many, too: both end alike, and save."""
+    run = trainer(path, home / "starved", **FEW, max_steps=3, save_steps=0, gradient_accumulation_steps=2)
+    starved(run, "loss", until=0)
+    said = failure(run)
+    again = trainer(path, home / "starved", **FEW, max_steps=3, save_steps=0, gradient_accumulation_steps=2)
+    again.train(resume=True)
+    return {"said": said, "saved_at": run.step, "step": again.step}
 
 
 def code_fails_on_one(path: str, home: Path) -> dict[str, Any]:
