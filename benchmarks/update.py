@@ -1,25 +1,27 @@
 """One optimizer update of ours against a cross-entropy step of the same model on the same tokens, in time and memory.
 
-    python -m benchmarks.update --quick      # two layers, three repeats
-    python -m benchmarks.update              # two layers, seven repeats
+    python -m benchmarks.update --quick      # one round, and no ILQL at the large vocabulary
+    python -m benchmarks.update              # three rounds; 16 GB
 
-Shapes of Qwen2.5-0.5B with random weights, float32, one thread, the same LoRA and optimizer in every variant. Times are
-CPU seconds of one process that goes round the variants, medians of its rounds. Memory is the peak of a fresh process
-above what it holds before the step, its weights and moments included. Writes `benchmarks/results/update.json` and the
-table in `benchmarks/README.md`.
+Two layers of Qwen2.5-0.5B's shapes with random weights, float32, one thread, the same LoRA and optimizer in every
+variant. Each has a process of its own, and they take turns: times are CPU seconds, medians of the rounds. Memory is the
+peak of such a process within its first step, above what it held before, its weights and moments included. Writes
+`benchmarks/results/update.json` and the table in `benchmarks/README.md` once both heads are measured at 151,936 tokens.
 """
 
 import argparse
 import gc
 import json
-import os
 import re
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,7 @@ OURS: dict[str, dict[str, Any]] = {
     "linear, TD error alone": {"q_head": "linear", "advantage_weight": 0.0},
 }
 BASELINE = "cross entropy"
-LARGE = {"ILQL"}  # needs 15 GB at 151,936 tokens
+ALONE = "ILQL"  # needs 15 GB at 151,936 tokens, so it shares the machine with the cross-entropy step only
 Step = Callable[[PrefixBatch], None]
 
 
@@ -82,6 +84,7 @@ def ours(tokens: int, layers: int, settings: dict[str, Any]) -> Step:
         lora=lora,
         target=args.target,
         backup=assembly.backup_rule(args),
+        bf16=args.bf16,
     )
     network.start_values_at(0.5)
     optimizer = assembly.optimizer_for(network, args)
@@ -111,24 +114,52 @@ def variant(name: str, tokens: int, layers: int) -> Step:
     return PEERS[name](model(tokens, layers), lora_config(16, 32, 0.0, "all-linear"))
 
 
-def names(tokens: int) -> list[str]:
-    """The variants that are measured at a vocabulary."""
-    return [name for name in (*OURS, *PEERS) if tokens < 100_000 or name not in LARGE]
+class Worker:
+    """A variant in a process of its own, which takes a step when it is told to."""
+
+    def __init__(self, name: str, tokens: int, layers: int) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "benchmarks.update", "--worker", name, str(tokens), "--layers", str(layers)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, what: str) -> float:
+        """The worker's answer; RuntimeError when it is gone."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.name} ended at '{what}' with code {self.process.wait()} (-9: out of memory?)")
+        return float(answer)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def times(chosen: list[str], tokens: int, layers: int, repeats: int) -> dict[str, list[float]]:
-    """CPU seconds of these variants, round after round."""
-    steps = {name: variant(name, tokens, layers) for name in chosen}
-    given, small = batch(tokens, BATCH, PROMPT, COMPLETION), batch(tokens, 2, 2, 2)
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step(small)
-    for _ in range(repeats):
-        for name, step in steps.items():
+def answer(name: str, tokens: int, layers: int) -> None:
+    """The worker's side: `build`, `peak` in bytes above what it held before, `step` in CPU seconds."""
+    given = batch(tokens, BATCH, PROMPT, COMPLETION)
+    for line in sys.stdin:
+        if line.strip() == "build":
+            step = variant(name, tokens, layers)
+            step(batch(tokens, 2, 2, 2))
+            found = 0.0
+        elif line.strip() == "peak":
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+            before = resident("VmRSS")
+            step(given)
+            found = resident("VmHWM") - before
+        else:
             started = time.process_time()
             step(given)
-            taken[name].append(time.process_time() - started)
-    return taken
+            found = time.process_time() - started
+        print(found, flush=True)
 
 
 def resident(line: str) -> int:
@@ -138,51 +169,60 @@ def resident(line: str) -> int:
     return int(found[1]) * 1024
 
 
-def peak_above(name: str, tokens: int, layers: int) -> int:
-    """Bytes that a step takes at most above the model with its moments; in a process of its own."""
-    step = variant(name, tokens, layers)
-    step(batch(tokens, 2, 2, 2))
-    given = batch(tokens, BATCH, PROMPT, COMPLETION)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = resident("VmRSS")
-    step(given)
-    return resident("VmHWM") - before
-
-
-def memory(name: str, tokens: int, layers: int) -> int:
-    """`peak_above` of a fresh process, in which freed memory goes back at once."""
-    command = [sys.executable, "-m", "benchmarks.update", "--peak-of", name, str(tokens), "--layers", str(layers)]
-    surroundings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
-    done = subprocess.run(command, env=surroundings, check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])
+def measure(chosen: list[str], tokens: int, layers: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """CPU seconds of these variants, round after round, and bytes of each at its peak."""
+    with ExitStack() as running:
+        workers = [running.enter_context(Worker(name, tokens, layers)) for name in chosen]
+        for worker in workers:
+            worker.ask("build")
+        peaks = {worker.name: int(worker.ask("peak")) for worker in workers}
+        taken: dict[str, list[float]] = {worker.name: [] for worker in workers}
+        for _ in range(rounds):
+            for worker in workers:
+                taken[worker.name].append(worker.ask("step"))
+    return taken, peaks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--vocabularies", type=int, nargs="*", default=VOCABULARIES)
     parser.add_argument("--variants", nargs="*", help="beside the cross-entropy step")
-    parser.add_argument("--add", action="store_true", help="to the figures that are there")
-    parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.peak_of:
-        print(peak_above(options.peak_of[0], int(options.peak_of[1]), options.layers))
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about itself
+    if options.worker:
+        answer(options.worker[0], int(options.worker[1]), options.layers)
         return
-    measured = json.loads(RESULTS.read_text())["vocabularies"] if options.add else {}
+    rounds, started = options.rounds or (1 if options.quick else 3), time.perf_counter()
+    measured: dict[str, Any] = {}
     for tokens in options.vocabularies:
-        one = measured.setdefault(str(tokens), {"runs": [], "peak_bytes": {}})
-        chosen = [name for name in names(tokens) if name in (BASELINE, *(options.variants or names(tokens)))]
-        for name in chosen:
-            one["peak_bytes"][name] = memory(name, tokens, options.layers)
-        one["runs"].append(times(chosen, tokens, options.layers, 3 if options.quick else 7))
-        print(tokens, one, flush=True)
-    results = summary(measured, "python -m benchmarks.update" + (" --quick" if options.quick else ""), options.layers)
+        measured[str(tokens)] = one = {"runs": [], "peak_bytes": {}}
+        for chosen in groups(tokens, options.variants or [*OURS, *PEERS], options.quick):
+            taken, peaks = measure(chosen, tokens, options.layers, rounds)
+            one["runs"].append(taken)
+            one["peak_bytes"] |= peaks
+            print(tokens, taken, peaks, flush=True)
+    summed_up = measured.get(str(max(VOCABULARIES)), {"peak_bytes": {}})["peak_bytes"]
+    if not {"lm", "linear"} <= set(summed_up):
+        return
+    results = summary(measured, " ".join(["python -m benchmarks.update", *sys.argv[1:]]), options.layers)
+    results["minutes"] = round((time.perf_counter() - started) / 60, 1)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_table("update", table(results))
     print(table(results))
+
+
+def groups(tokens: int, wanted: list[str], quick: bool) -> list[list[str]]:
+    """Variants that are in memory together, the baseline in each group."""
+    chosen = [name for name in (*OURS, *PEERS) if name in (BASELINE, *wanted)]
+    if tokens < 100_000 or ALONE not in chosen:
+        return [chosen]
+    together = [name for name in chosen if name != ALONE]
+    return [together] if quick else [together, [BASELINE, ALONE]]
 
 
 def summary(measured: dict[str, Any], command: str, layers: int) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """What others do with the same tokens: steps that `benchmarks.update` measures ours against, in their usual form."""
 
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from llm_dqn.models import load_tokenizer
+from llm_dqn.shipped import shipped_root
 from llm_dqn.states import action_states
 from llm_dqn.types import PrefixBatch
 
@@ -33,7 +37,7 @@ def _step(modules: list[nn.Module], loss_of: Callable[[PrefixBatch], Tensor]) ->
 def _labels(batch: PrefixBatch) -> Tensor:
     """(B, L) token ids, -100 on prompts and padding."""
     tokens = batch.tokens
-    places = torch.arange(tokens.input_ids.shape[1])
+    places = torch.arange(tokens.input_ids.shape[1], device=tokens.input_ids.device)
     prompt = places < tokens.prompt_lengths.unsqueeze(1)
     return tokens.input_ids.masked_fill(prompt | (tokens.attention_mask == 0), -100)
 
@@ -95,29 +99,41 @@ def naive_dqn(model: PreTrainedModel, lora: LoraConfig) -> Step:
     return _step([tuned], loss)
 
 
-def policy_gradient(model: PreTrainedModel, lora: LoraConfig) -> Step:
-    """GRPO with its defaults in TRL: no reference model, clipped ratios, logits of completion tokens only.
+def grpo(model: PreTrainedModel, lora: LoraConfig) -> Step:
+    """What `GRPOTrainer` of TRL computes for a batch, by its own code and with its defaults, no reference model.
 
-    Shao et al. 2024, eq. 3, https://arxiv.org/abs/2402.03300. Log-probabilities as TRL's trainer makes them.
+    Shao et al. 2024, eq. 3, https://arxiv.org/abs/2402.03300. Whatever it spends on writing and on logs is left out.
     """
-    from trl.trainer.utils import selective_log_softmax
+    from trl import GRPOConfig, GRPOTrainer
 
-    tuned = get_peft_model(model, lora)
+    on_cpu = model.device.type == "cpu"
+    settings = {"use_cpu": on_cpu, "bf16": False, "gradient_checkpointing": False, "report_to": []}
+    with TemporaryDirectory() as folder:  # it makes one at once
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+            args=GRPOConfig(output_dir=folder, num_generations=4, **settings),
+            train_dataset=Dataset.from_list([{"prompt": "unused"}]),
+            processing_class=load_tokenizer(str(shipped_root() / "data" / "tiny_lm")),
+            peft_config=lora,
+        )
+    trainer.current_gradient_accumulation_steps = 1  # as within its own loop
+    trainer.model.train()
 
     def loss(batch: PrefixBatch) -> Tensor:
-        tokens, mask = batch.tokens, batch.action_mask
-        kept = mask.shape[1] + 1
-        logits = tuned(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, logits_to_keep=kept, use_cache=False
-        ).logits[:, :-1]
-        logprobs = selective_log_softmax(logits, tokens.input_ids[:, -kept + 1 :])
+        tokens, mask, length = batch.tokens, batch.action_mask, batch.tokens.actions.shape[1]
         rewards = batch.rewards.sum(1)
-        advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).unsqueeze(1)
-        ratio = (logprobs - logprobs.detach()).exp()
-        clipped = ratio.clamp(0.8, 1.2)
-        return -(torch.minimum(ratio * advantages, clipped * advantages) * mask).sum() / mask.sum()
+        given = {
+            "prompt_ids": tokens.input_ids[:, :-length],  # prompts of equal length
+            "prompt_mask": tokens.attention_mask[:, :-length],
+            "completion_ids": tokens.actions,
+            "completion_mask": mask.long(),
+            "advantages": (rewards - rewards.mean()) / (rewards.std() + 1e-4),
+            "num_items_in_batch": mask.sum(),
+        }
+        return trainer.compute_loss(trainer.model, given)
 
-    return _step([tuned], loss)
+    return _step([trainer.model], loss)
 
 
 def ilql(model: PreTrainedModel, lora: LoraConfig) -> Step:
@@ -161,7 +177,7 @@ def ilql(model: PreTrainedModel, lora: LoraConfig) -> Step:
 PEERS: dict[str, Peer] = {
     "cross entropy": cross_entropy,
     "cross entropy in chunks": chunked_cross_entropy,
-    "GRPO's policy gradient": policy_gradient,
+    "GRPO of TRL": grpo,
     "naive DQN": naive_dqn,
     "ILQL": ilql,
 }
