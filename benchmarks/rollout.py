@@ -1,18 +1,22 @@
-"""Tokens a second of rollouts against plain `model.generate` of the same prompts, policy and lengths.
+"""Tokens a second of each engine and of whole rollouts against plain `model.generate` of the same prompts and lengths.
 
-    python -m benchmarks.rollout --quick     # three repeats
+    python -m benchmarks.rollout --quick     # three rounds, under 90 seconds of a quiet core
     python -m benchmarks.rollout             # nine
 
-A rollout also asks base and tuned model for the log-probability of every token; that is counted apart and together.
-CPU seconds on one thread, medians of repeats that take turns. Writes `benchmarks/results/rollout.json` and the table in
+An engine writes and says what the policy thinks of every token. A rollout also asks the base model, in one pass over
+what was written. CPU seconds on one thread, in rounds in which all take turns; ratios are medians over rounds of what a
+round says. Beside that, the share of a short quickstart in which the learner waits for completions and their rewards.
+vLLM is not measured: it needs a server. Writes `benchmarks/results/rollout.json` and the table in
 `benchmarks/README.md`.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +28,43 @@ from benchmarks.textbook import machine
 from benchmarks.update import model as qwen
 from llm_dqn import models
 from llm_dqn.adapters import lora_config
+from llm_dqn.engines import EngineName, Request, write
 from llm_dqn.network import QNetwork
-from llm_dqn.policy import BehaviourPolicy
-from llm_dqn.rollout import Writer, describe, rollout
+from llm_dqn.policy import BehaviourPolicy, sampled
+from llm_dqn.recipe import load_recipe
+from llm_dqn.rollout import Writer, rollout
 from llm_dqn.shipped import shipped_root
+from llm_dqn.trainer import DQNTrainer
 from llm_dqn.types import Prompt
 
 RESULTS = Path(__file__).parent / "results" / "rollout.json"
 MODELS = ("Qwen2.5-0.5B, 2 layers", "quickstart")
-ROWS, PROMPT, COMPLETION, TOKENS = 16, 16, 64, 32_000
+ROWS, PROMPT, COMPLETION, TOKENS = 16, 16, 16, 32_000
+EPSILON = 0.05  # the default share of completions that the base model writes, from step 32 on
+OURS = "engine generate"
 
 
 def writer_on(which: str, tokenizer: PreTrainedTokenizerBase) -> Writer:
-    """The quickstart's model, or two layers of Qwen2.5-0.5B with a vocabulary of 32,000, with a fresh adapter."""
+    """The quickstart's model, or two layers of Qwen2.5-0.5B with a vocabulary of 32,000, with a fresh adapter.
+
+    A stop token that no row reaches makes all lengths equal: no kind of generation stops early.
+    """
     base = models.load_causal_lm(str(shipped_root() / "data" / "tiny_lm")) if which == "quickstart" else qwen(TOKENS, 2)
     tokens = len(tokenizer) if which == "quickstart" else TOKENS
     network = QNetwork(base, tokens, lora=lora_config(16, 32, 0.0, "all-linear"))
-    return Writer(network, tokenizer, frozenset({tokenizer.eos_token_id}), COMPLETION, ROWS)
+    return Writer(network, tokenizer, frozenset({tokens - 1}), COMPLETION, ROWS)
 
 
-def measure(writer: Writer, repeats: int) -> dict[str, float]:
-    """Tokens a CPU second of plain generation, of writing in a rollout, and of whole rollouts."""
-    generator = torch.Generator().manual_seed(0)
-    # A stop token that no row reaches makes all lengths equal: of two kinds of generation, neither stops early.
-    never = writer.network.num_tokens - 1
-    writer = Writer(writer.network, writer.tokenizer, frozenset({never}), COMPLETION, ROWS)
+def works_of(writer: Writer) -> dict[str, Callable[[], int]]:
+    """What takes turns, each giving the tokens it wrote."""
+    never, generator = writer.network.num_tokens - 1, torch.Generator().manual_seed(0)
     ids = torch.randint(5, never, (ROWS, PROMPT), generator=generator)
     prompts = [Prompt("", "", row.tolist()) for row in ids]
-    policy = BehaviourPolicy()
 
     def plain() -> int:
         torch.manual_seed(0)
-        with torch.no_grad(), writer.network.roles.acting_as("online") as base:
-            written = base.generate(
+        with torch.no_grad(), writer.network.roles.acting_as("online") as model:
+            written = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=COMPLETION,
@@ -67,35 +75,68 @@ def measure(writer: Writer, repeats: int) -> dict[str, float]:
             )
         return written[:, PROMPT:].numel()
 
-    def whole() -> int:
-        episodes = rollout(writer, prompts, policy, seed=0)
-        kept.append([episode.completion_ids for episode in episodes])
-        return sum(len(episode.completion_ids) for episode in episodes)
+    def by_engine(engine: EngineName) -> int:
+        torch.manual_seed(0)
+        written = write(replace(writer, engine=engine), Request(prompts, sampled(), ["online"] * ROWS, seed=0))
+        return sum(len(tokens) for tokens, _ in written)
 
-    def passes() -> int:
-        describe(writer, prompts, kept[-1])
-        return sum(len(completion) for completion in kept[-1])
+    def whole(policy: BehaviourPolicy) -> int:
+        return sum(len(episode.completion_ids) for episode in rollout(writer, prompts, policy, seed=1))
 
-    kept: list[list[torch.Tensor]] = []
-    taken: dict[str, list[float]] = {"plain": [], "whole": [], "passes": []}
-    works: dict[str, Callable[[], int]] = {"plain": plain, "whole": whole, "passes": passes}
-    for repeat in range(repeats + 1):
+    return {
+        "plain generate": plain,
+        OURS: lambda: by_engine("generate"),
+        "engine continuous": lambda: by_engine("continuous"),
+        "rollout": lambda: whole(sampled()),
+        f"rollout, epsilon {EPSILON}": lambda: whole(BehaviourPolicy(epsilon=EPSILON)),
+    }
+
+
+def measure(writer: Writer, rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens a CPU second of each, and their ratios to plain generation."""
+    works = works_of(writer)
+    taken: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
         for name, work in works.items():
             started = time.process_time()
             count = work()
-            if repeat:  # the first round warms up
+            if turn:  # the first round warms up
                 taken[name].append((time.process_time() - started) / count)
-    writing = [one - other for one, other in zip(taken["whole"], taken["passes"], strict=True)]
+    against = taken["plain generate"]
     return {
-        "plain generate": 1 / statistics.median(taken["plain"]),
-        "writing": 1 / statistics.median(writing),
-        "writing and both log-probabilities": 1 / statistics.median(taken["whole"]),
-        # each round's own ratio, as the machine's speed drifts between rounds
-        "ratio": statistics.median(p / w for p, w in zip(taken["plain"], writing, strict=True)),
-        "ratio with log-probabilities": statistics.median(
-            p / w for p, w in zip(taken["plain"], taken["whole"], strict=True)
-        ),
+        name: {
+            "tokens_per_second": 1 / statistics.median(seconds),
+            # each round's own ratio, as the machine's speed drifts between rounds
+            "ratio": statistics.median(p / own for p, own in zip(against, seconds, strict=True)),
+        }
+        for name, seconds in taken.items()
     }
+
+
+def idle_share(steps: int = 32) -> float:
+    """Share of a short quickstart's loop, in CPU seconds, in which nothing is learned because completions are awaited.
+
+    Without the first collection, which fills an empty memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = ["train.eval_steps=0", "train.save_steps=0", f"train.max_steps={steps}"]
+        trainer = DQNTrainer.from_recipe(load_recipe("quickstart", [f"train.output_dir={folder}/run", *quiet]))
+        trainer.begin(resume=False)
+        trainer.collect()
+        waited, collect = 0.0, trainer.collect
+
+        def timed() -> None:
+            nonlocal waited
+            started = time.process_time()
+            collect()
+            waited += time.process_time() - started
+
+        trainer.collect = timed  # type: ignore[method-assign]
+        started = time.process_time()
+        trainer.learn()
+        share = waited / (time.process_time() - started)
+        trainer.logbook.close()
+    return share
 
 
 def main() -> None:
@@ -108,9 +149,11 @@ def main() -> None:
     measured = {}
     for which in options.models:
         measured[which] = measure(writer_on(which, tokenizer), 3 if options.quick else 9)
-        print(which, measured[which], flush=True)
+        print(which, json.dumps(measured[which], indent=1), flush=True)
     results = {
-        "throughput_ratio": measured[options.models[0]]["ratio"],
+        "throughput_ratio": measured[options.models[0]][OURS]["ratio"],
+        "rollout_ratio": measured[options.models[0]]["rollout"]["ratio"],
+        "learner_idle_share": idle_share(),
         "command": "python -m benchmarks.rollout" + (" --quick" if options.quick else ""),
         "machine": machine(),
         "ratio_of": options.models[0],
@@ -121,21 +164,26 @@ def main() -> None:
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     write_table("rollout", table(results))
+    print(table(results))
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
     facts, names = results["machine"], list(results["models"])
     lines = [
-        f"`{results['command']}`: {results['rows']} completions of {results['completion_tokens']} tokens, engine "
-        f"`generate`, {facts['threads']} thread, torch {facts['torch']}; tokens a CPU second.",
+        f"`{results['command']}`: {results['rows']} completions of {results['completion_tokens']} tokens, "
+        f"{facts['threads']} thread, torch {facts['torch']}; tokens a CPU second, and the ratio to plain generation. "
+        "An engine's figure holds the policy's own log-probabilities, a rollout's also those of the base model, which "
+        "the learner needs once an episode. In a short quickstart the learner waits for completions and rewards "
+        f"{results['learner_idle_share']:.0%} of the time.",
         "",
         "| | " + " | ".join(names) + " |",
         "|---" * (1 + len(names)) + "|",
     ]
     for row in results["models"][names[0]]:
-        digits = 2 if row.startswith("ratio") else 0
-        lines.append(f"| {row} | " + " | ".join(f"{results['models'][n][row]:.{digits}f}" for n in names) + " |")
+        cells = [results["models"][name][row] for name in names]
+        shown = [f"{cell['tokens_per_second']:,.0f} ({cell['ratio']:.2f})" for cell in cells]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

@@ -6,13 +6,15 @@ a target network costs megabytes. Without LoRA they are copies. This is the only
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -127,6 +129,30 @@ class AdapterRoles:
                 self._activate("default")
         else:
             yield plain
+
+    @property
+    def mixes_rows(self) -> bool:
+        """Whether rows of one batch may be of different roles; PEFT can do that with plain LoRA on linear layers."""
+        config = self.model.peft_config["default"]
+        special = config.use_dora or config.modules_to_save or config.trainable_token_indices
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        return not special and all(isinstance(layer, LoraLinear) for layer in layers)
+
+    @contextmanager
+    def mixed(self, rows: Sequence[Role]) -> Iterator[None]:
+        """Within it, row i of a batch is of the role rows[i], online or reference; only to write, not to learn."""
+        names = ["__base__" if role == "reference" else _ADAPTER_OF[role] for role in rows]
+
+        def name_rows(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return arguments, named | {"adapter_names": names}
+
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        hooks = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def plain(self, role: Role) -> PreTrainedModel:
         """The base, whatever the role."""

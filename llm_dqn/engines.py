@@ -1,14 +1,14 @@
 """What writes completions: transformers' `generate`, its continuous batching, or a vLLM server.
 
 An engine is a function (writer, request) -> one (token ids, log-probabilities) a prompt. The ids are (T,), the stop
-token included; the log-probabilities are (T,) float32 log pi(a|s) of the model in the request's role, before
+token included; the log-probabilities are (T,) float32 log pi(a|s) of the model in the prompt's role, before
 temperature and truncation, or None where the engine cannot tell them.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm_dqn.adapters import Role
+from llm_dqn.adapters import AdapterRoles, Role
 from llm_dqn.errors import RunError
 from llm_dqn.network import QNetwork
 from llm_dqn.policy import BehaviourPolicy, TakenLogprobs, generation_config, logits_processors
@@ -47,16 +47,19 @@ class Writer:
 
 @dataclass(frozen=True)
 class Request:
-    """Prompts for the policy of one role. seed: of the draws; `generate` draws from torch's global stream instead.
+    """Prompts, and which role continues each. seed: of the draws; `generate` draws from torch's global stream instead.
 
     extra: makes one more processor of the logits from a batch's (B, L) attention mask.
     """
 
     prompts: Sequence[Prompt]
     policy: BehaviourPolicy
-    role: Role
+    roles: Sequence[Role]  # online or reference, one a prompt
     seed: int
     extra: Callable[[Tensor], LogitsProcessor] | None = None
+
+
+Engine = Callable[[Writer, Request], list[Written]]
 
 
 def write(writer: Writer, request: Request) -> list[Written]:
@@ -66,14 +69,29 @@ def write(writer: Writer, request: Request) -> list[Written]:
     """
     engine = ENGINES["generate" if request.extra else writer.engine]
     written = engine(writer, request)
-    if len(written) != len(request.prompts):
-        raise RunError(f"{len(request.prompts)} completions were asked of the engine and {len(written)} came back")
+    _require_count(request, len(written))
     for ids, logprobs in written:
         if not len(ids) or int(ids.max()) >= writer.network.num_tokens:
             raise RunError(f"the engine {writer.engine} wrote no token, or one that the tokenizer does not have")
         if logprobs is not None and len(logprobs) != len(ids):
             raise RunError(f"the engine {writer.engine} gave {len(logprobs)} log-probabilities of {len(ids)} tokens")
     return written
+
+
+def _require_count(request: Request, count: int) -> None:
+    if count != len(request.prompts):
+        raise RunError(f"{len(request.prompts)} completions were asked of the engine and {count} came back")
+
+
+def each_role_apart(engine: Engine, writer: Writer, request: Request) -> list[Written]:
+    """What an engine writes that can do one role at a time."""
+    written: dict[int, Written] = {}
+    for number, role in enumerate(dict.fromkeys(request.roles)):
+        rows = [row for row, own in enumerate(request.roles) if own == role]
+        prompts = [request.prompts[row] for row in rows]
+        part = replace(request, prompts=prompts, roles=[role] * len(rows), seed=2 * request.seed + number)
+        written.update(zip(rows, engine(writer, part), strict=True))
+    return [written[row] for row in range(len(request.prompts))]
 
 
 def until_stop(ids: Tensor, stop_token_ids: frozenset[int]) -> Tensor:
@@ -88,26 +106,52 @@ def until_stop(ids: Tensor, stop_token_ids: frozenset[int]) -> Tensor:
 
 
 def by_generate(writer: Writer, request: Request) -> list[Written]:
-    """Transformers' `generate`, in batches of the writer's size."""
+    """Transformers' `generate`, in batches of the writer's size.
+
+    Rows of both roles share a batch where PEFT can do that: the few that explore would otherwise take as many steps
+    again as all others.
+    """
+    if len(set(request.roles)) > 1 and _mixing(writer.network) is None:
+        return each_role_apart(by_generate, writer, request)
     written: list[Written] = []
     for start in range(0, len(request.prompts), writer.batch_size):
-        written += _generated(writer, request, request.prompts[start : start + writer.batch_size])
+        rows = slice(start, start + writer.batch_size)
+        written += _generated(writer, replace(request, prompts=request.prompts[rows], roles=request.roles[rows]))
     return written
 
 
-def _generated(writer: Writer, request: Request, prompts: Sequence[Prompt]) -> list[Written]:
-    inputs = _left_padded(writer, prompts)
+def _generated(writer: Writer, request: Request) -> list[Written]:
+    inputs = _left_padded(writer, request.prompts)
     taken = TakenLogprobs()
     processors = logits_processors(request.policy, writer.network.num_tokens, taken)
     if request.extra is not None:
         processors.append(request.extra(inputs["attention_mask"]))
     config = _config(writer, request.policy)
-    with writer.network.writer(request.role) as model, _clean_defaults(model), _nan_explained():
+    with _acting(writer.network, request.roles) as model, _clean_defaults(model), _nan_explained():
         output = model.generate(**inputs, generation_config=config, logits_processor=processors)
+    _require_count(request, len(output))
     logprobs = taken.finish(output).cpu()
     new = output[:, inputs["input_ids"].shape[1] :].cpu()  # (B, new tokens), padded after the stop token
     completions = [until_stop(row, writer.stop_token_ids) for row in new]
     return [(ids, logprobs[row, : len(ids)]) for row, ids in enumerate(completions)]
+
+
+def _mixing(network: QNetwork) -> AdapterRoles | None:
+    """What can give the rows of a batch to both roles, where that is possible; a linear head acts for whole batches."""
+    roles = network.roles
+    return roles if network.kind == "lm" and isinstance(roles, AdapterRoles) and roles.mixes_rows else None
+
+
+@contextmanager
+def _acting(network: QNetwork, roles: Sequence[Role]) -> Iterator[PreTrainedModel]:
+    """The model whose rows are of these roles."""
+    mixing = _mixing(network)
+    if mixing is None or len(set(roles)) == 1:
+        with network.writer(roles[0]) as model:
+            yield model
+    else:
+        with network.writer("online") as model, mixing.mixed(roles):
+            yield model
 
 
 def _left_padded(writer: Writer, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -167,9 +211,11 @@ def by_continuous_batching(writer: Writer, request: Request) -> list[Written]:
 
     Its cache is made anew each time: one that was kept would hold what older weights had read.
     """
+    if len(set(request.roles)) > 1:
+        return each_role_apart(by_continuous_batching, writer, request)
     network = writer.network
     config = _config(writer, request.policy)
-    with network.writer(request.role) as model, _clean_defaults(model):
+    with network.writer(request.roles[0]) as model, _clean_defaults(model):
         rows = model.config.get_text_config().vocab_size
         if rows > network.num_tokens:
             config.suppress_tokens = list(range(network.num_tokens, rows))
@@ -223,7 +269,8 @@ def by_vllm(writer: Writer, request: Request) -> list[Written]:
     """A vLLM server, which is given the adapter as it is now."""
     server, policy = writer.server, request.policy
     assert server is not None
-    model = server.base_model if request.role == "reference" else server.adapter(writer.network.roles.save)
+    adapter = server.adapter(writer.network.roles.save) if "online" in request.roles else ""
+    names = [server.base_model if role == "reference" else adapter for role in request.roles]
     sampling = {
         "max_tokens": writer.max_completion_length,
         "temperature": policy.temperature,
@@ -232,11 +279,11 @@ def by_vllm(writer: Writer, request: Request) -> list[Written]:
         "min_p": policy.min_p or 0.0,
         "stop_token_ids": sorted(writer.stop_token_ids),
     }
-    completions = server.complete(model, [prompt.ids for prompt in request.prompts], sampling, request.seed)
+    completions = server.complete(names, [prompt.ids for prompt in request.prompts], sampling, request.seed)
     return [(torch.tensor(ids), torch.tensor(logprobs)) for ids, logprobs in completions]
 
 
-ENGINES: dict[str, Callable[[Writer, Request], list[Written]]] = {
+ENGINES: dict[str, Engine] = {
     "generate": by_generate,
     "continuous": by_continuous_batching,
     "vllm": by_vllm,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from llm_dqn.adapters import Role
-from llm_dqn.engines import NOT_FINITE, Request, Writer, Written, write
+from llm_dqn.engines import NOT_FINITE, Request, Writer, write
 from llm_dqn.errors import RunError
 from llm_dqn.policy import BehaviourPolicy, sampled
 from llm_dqn.replay import collate_tokens
@@ -37,48 +37,46 @@ def rollout(
         by_base = torch.zeros(len(prompts), dtype=torch.bool)
         if policy.explore == "prior":
             by_base = torch.rand(len(prompts)) < policy.epsilon
+        # Prompts of like length share a batch, so that little is padded.
+        rows = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))
+        asked = [prompts[row] for row in rows]
+        roles: list[Role] = ["reference" if by_base[row] else "online" for row in rows]
+        written = write(writer, Request(asked, policy, roles, seed, extra)) if rows else []
         episodes: dict[int, Episode] = {}
-        writers: tuple[tuple[Role, Tensor], ...] = (("reference", by_base), ("online", ~by_base))
-        for role, mask in writers:
-            rows = mask.nonzero().flatten().tolist()
-            # Prompts of like length share a batch, so that little is padded.
-            rows.sort(key=lambda row: len(prompts[row].ids))
-            asked = [prompts[row] for row in rows]
-            request = Request(asked, policy, role, 2 * seed + (role == "online"), extra)
-            written = write(writer, request) if rows else []
-            for start in range(0, len(rows), writer.batch_size):
-                part = slice(start, start + writer.batch_size)
-                described = _episodes(writer, asked[part], written[part], role)
-                episodes.update(zip(rows[part], described, strict=True))
+        for start in range(0, len(rows), writer.batch_size):
+            part = slice(start, start + writer.batch_size)
+            # what an engine says of the policy's own tokens is not asked a second time
+            told = [
+                own if role == "online" else None for (_, own), role in zip(written[part], roles[part], strict=True)
+            ]
+            described = describe(writer, asked[part], [ids for ids, _ in written[part]], told)
+            episodes.update(zip(rows[part], described, strict=True))
     return [replace(episodes[row], policy_version=policy_version) for row in range(len(prompts))]
-
-
-def _episodes(writer: Writer, prompts: Sequence[Prompt], written: Sequence[Written], role: Role) -> list[Episode]:
-    """What an engine wrote in that role. What it says of its own tokens is not asked a second time."""
-    completions = [ids for ids, _ in written]
-    told = [logprobs for _, logprobs in written if logprobs is not None and role == "online"]
-    return describe(writer, prompts, completions, told if len(told) == len(written) else None)
 
 
 def describe(
     writer: Writer,
     prompts: Sequence[Prompt],
     completions: Sequence[Tensor],
-    logprobs: Sequence[Tensor] | None = None,
+    told: Sequence[Tensor | None] | None = None,
 ) -> list[Episode]:
     """Given completions (T,) as episodes, with the reference's and the online policy's log-probabilities.
 
-    logprobs: the online policy's, (T,) each, where they are known. Raises RunError where any are not finite: greedy
+    told: the online policy's, (T,) each, where they are known. Raises RunError where any are not finite: greedy
     generation from NaN logits writes token 0 without a word.
     """
     network = writer.network
     prompt_ids = [torch.tensor(prompt.ids) for prompt in prompts]
     tokens = collate_tokens(prompt_ids, completions).to(network.device)
     ref_logprobs = network.logprobs(tokens, "reference").cpu()
-    if logprobs is None:
-        logprobs = list(network.logprobs(tokens, "online").cpu())
+    logprobs = dict(enumerate(told or [None] * len(prompts)))
+    unknown = [row for row, own in logprobs.items() if own is None]
+    if unknown:
+        tokens = collate_tokens([prompt_ids[row] for row in unknown], [completions[row] for row in unknown])
+        logprobs |= dict(zip(unknown, network.logprobs(tokens.to(network.device), "online").cpu(), strict=True))
+    known = [own[: len(ids)] for own, ids in zip(logprobs.values(), completions, strict=True) if own is not None]
     _require_finite(ref_logprobs, "base")
-    _require_finite(torch.cat(list(logprobs)), "tuned")
+    _require_finite(torch.cat(known), "tuned")
     return [
         Episode(
             prompt=prompt.prompt,
@@ -86,7 +84,7 @@ def describe(
             prompt_ids=prompt_ids[i],
             completion_ids=ids,
             ref_logprobs=ref_logprobs[i, : len(ids)],
-            behaviour_logprobs=logprobs[i][: len(ids)],
+            behaviour_logprobs=known[i],
             ended="eos" if int(ids[-1]) in writer.stop_token_ids else "length",
             columns=prompt.columns,
         )
@@ -137,7 +135,7 @@ def _verify_role(writer: Writer, prompts: Sequence[Prompt], role: Role) -> None:
     cuda = [network.device] if network.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(0)
-        written = write(writer, Request(prompts, sampled(), role, seed=0))
+        written = write(writer, Request(prompts, sampled(), [role] * len(prompts), seed=0))
     for prompt, (ids, generated) in zip(prompts, written, strict=True):
         assert generated is not None  # of plain sampling every engine knows them
         tokens = collate_tokens([torch.tensor(prompt.ids)], [ids]).to(network.device)

@@ -79,17 +79,23 @@ class VLLMServer:
         return name
 
     def complete(
-        self, model: str, prompts: Sequence[list[int]], sampling: dict[str, Any], seed: int
+        self, models: Sequence[str], prompts: Sequence[list[int]], sampling: dict[str, Any], seed: int
     ) -> list[tuple[list[int], list[float]]]:
         """(token ids, the stop token included; log-probabilities before temperature) of one completion a prompt.
 
-        Each prompt is a request of its own with a seed of its own: in one request all would draw alike.
+        models: which model or adapter continues each prompt. Each is a request of its own with a
+        seed of its own: in one request all would draw alike.
         """
 
-        def one(numbered: tuple[int, list[int]]) -> tuple[list[int], list[float]]:
-            row, prompt = numbered
+        def one(row: int) -> tuple[list[int], list[float]]:
             draws = int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:4], "big") >> 1
-            body = {"model": model, "prompt": prompt, "seed": draws, "logprobs": 1, "return_token_ids": True}
+            body = {
+                "model": models[row],
+                "prompt": prompts[row],
+                "seed": draws,
+                "logprobs": 1,
+                "return_token_ids": True,
+            }
             # `ignore_eos` leaves the stop tokens we name as the only ones
             answer = self._ask("/v1/completions", body | UNCHANGED | sampling | {"ignore_eos": True})
             choice = answer["choices"][0]
@@ -98,7 +104,7 @@ class VLLMServer:
             return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(one, enumerate(prompts)))
+            return list(pool.map(one, range(len(prompts))))
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers; what is no JSON as text. Raises StepFailed with what it says."""

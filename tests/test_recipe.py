@@ -128,7 +128,7 @@ def test_a_huge_or_binary_file_is_refused(tmp_path: Path) -> None:
         ("dqn", "n_step: 0", "expected a whole number of at least 1 or null, got 0"),
         ("dqn", "q_head: linaer", "expected one of lm, linear, got 'linaer'; did you mean linear?"),
         ("rollout", "epsilon: 0.1", "expected a section of `key: value` lines, got 0.1"),
-        ("rollout", "engine: vllm", "expected generate, got 'vllm'"),
+        ("rollout", "engine: vlm", "expected one of generate, continuous, vllm, got 'vlm'; did you mean vllm?"),
         ("dqn", "learning_rate: 1", "unknown key (got 1); did you mean train.learning_rate?"),
     ],
 )

@@ -74,6 +74,37 @@ def test_epsilon_is_the_share_that_explores(tiny_llama_path):
     assert torch.allclose(frequencies[:3], torch.full((3,), 0.5 / 8), atol=0.01)
 
 
+def test_base_and_policy_write_in_one_batch_what_each_writes_alone(tiny_llama_path, monkeypatch):
+    net = network(tiny_llama_path)
+    shake(net, 0.3)
+    write, asked = writer(net, tiny_llama_path), prompts(tiny_llama_path) * 3
+    alone = [rollout(write, asked, BehaviourPolicy(temperature=0.0, epsilon=epsilon), seed=0) for epsilon in (0, 1)]
+    batches, plain = [], net.model.get_base_model()
+    generate = plain.generate
+    monkeypatch.setattr(plain, "generate", lambda **named: batches.append(named) or generate(**named))
+    mixed = rollout(write, asked, BehaviourPolicy(temperature=0.0, epsilon=0.5), seed=3)
+    assert len(batches) == 1
+    torch.manual_seed(3)
+    by_base = torch.rand(len(asked)) < 0.5
+    assert 0 < by_base.sum() < len(asked)
+    for row, episode in enumerate(mixed):
+        own = alone[int(by_base[row])][row]
+        assert episode.completion_ids.tolist() == own.completion_ids.tolist()
+        torch.testing.assert_close(episode.behaviour_logprobs, own.behaviour_logprobs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(episode.ref_logprobs, own.ref_logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"q_head": "linear"}, {"lora": None}, {"lora": lora(use_dora=True)}])
+def test_where_a_batch_cannot_be_mixed_both_write_one_after_the_other(tiny_llama_path, options):
+    net = network(tiny_llama_path, **options)
+    shake(net, 0.3)
+    write, asked = writer(net, tiny_llama_path), prompts(tiny_llama_path) * 2
+    policies = {epsilon: BehaviourPolicy(temperature=0.0, epsilon=epsilon) for epsilon in (0, 0.5, 1)}
+    tuned, mixed, base = ([e.completion_ids.tolist() for e in rollout(write, asked, p, 3)] for p in policies.values())
+    assert all(row in pair for row, pair in zip(mixed, zip(tuned, base, strict=True), strict=True))
+    assert mixed not in (tuned, base)
+
+
 def test_rows_beyond_the_tokenizer_are_never_chosen(build_model):
     words = tiny_models.tokenizer()
     path = build_model("llama", vocab_rows=len(words) + 13, tied=False)
