@@ -177,7 +177,7 @@ def test_the_best_peer_sets_the_marks():
     assert (found.bound, found.value) == ("<", pytest.approx((128 + 128 * 0.6) / 256))
     # a call of a second each on top of a hundredth of a CPU second
     assert figures.spent(methods["ours"], 0.56, cost=1.0)[0] == [pytest.approx(128 * 0.36 / 0.7 * 1.01)]
-    assert figures.lead(methods, "ours", 256)[0] == pytest.approx(0.4)
+    assert figures.lead(methods, "ours")[0] == pytest.approx(0.4)
 
 
 def test_every_tuned_method_has_the_same_number_of_configurations():

@@ -23,7 +23,8 @@ CACHE = Path(__file__).parents[1] / ".cache"
 class BaseRecipe:
     """Everything that decides which base model comes out.
 
-    corpus: name and parameters of what it reads. width, layers, heads: of the Llama model. steps, batch, peak: of its
+    corpus: name and parameters of what it reads; "unread" of them: tokens at the start of each text that it is given
+    and not trained to write. width, layers, heads: of the Llama model. steps, batch, peak: of its
     training. context: tokens it can read. version: counts changes of the corpus writer itself.
     """
 
@@ -93,6 +94,8 @@ def base_model(recipe: BaseRecipe, write: Callable[[random.Random], str]) -> Bui
         tokenizer = word_tokenizer(recipe.vocabulary, recipe.context)
         model = lm.new_llama(tokenizer, recipe.width, recipe.layers, recipe.heads, 2 * recipe.width)
         source = lm.batches(tokenizer, write, recipe.batch, recipe.seed)
+        if unread := int(recipe.parameters.get("unread", 0)):
+            source = ((ids, labels.index_fill(1, torch.arange(unread), -100)) for ids, labels in source)
         lm.train_lm(model, source, recipe.steps, recipe.peak, recipe.corpus)
         lm.save(model, tokenizer, folder)
 

@@ -120,11 +120,13 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(float(np.mean(np.log(values))))
 
 
-def lead(methods: dict[str, list[Result]], ours: str, mark: int) -> tuple[float, float, float] | None:
-    """(score of ours minus that of the best peer at the mark, 95 % bootstrap interval over the seeds of both)."""
+def lead(methods: dict[str, list[Result]], ours: str) -> tuple[float, float, float] | None:
+    """(score of ours at its last mark minus the best peer's there, 95 % bootstrap interval over the seeds of both)."""
     others = peers(methods)
     if ours not in methods or not others:
         return None
+
+    mark = methods[ours][0]["points"][-1]["at"]
 
     def scores(results: Sequence[Result]) -> np.ndarray:
         return np.array([score(at_mark(result, mark)) for result in results])

@@ -102,26 +102,25 @@ ARMS = 5
 NAMES = 30
 STAR = BaseRecipe(
     "star",
-    {"arms": ARMS, "names": NAMES, "to_the_goal": 0.1},
-    (*map(str, range(NAMES)), ">", "|", ":"),
-    steps=2500,
+    {"arms": ARMS, "names": NAMES, "first": 0.4, "to_the_goal": 0.15, "unread": 3 * ARMS + 1},
+    (*map(str, range(NAMES)), "|", ":"),
+    steps=1000,
 )
 
 
 def _star(rng: random.Random) -> tuple[str, list[list[int]], int]:
-    """(prompt, arms, which arm holds the goal): arms of two nodes from one centre, their edges in random order."""
-    centre, *others = rng.sample(range(NAMES), 1 + 2 * ARMS)
-    arms = [others[2 * arm : 2 * arm + 2] for arm in range(ARMS)]
-    edges = [(centre, first) for first, _ in arms] + [(first, last) for first, last in arms]
-    rng.shuffle(edges)
+    """(prompt, arms, which arm has the goal): arms of two nodes from a nameless centre, behind the colon the goal."""
+    names = rng.sample(range(NAMES), 2 * ARMS)
+    arms = [names[2 * arm : 2 * arm + 2] for arm in range(ARMS)]
     right = rng.randrange(ARMS)
-    listed = " | ".join(f"{one} > {other}" for one, other in edges)
-    return f"{listed} | {centre} {arms[right][1]} :", arms, right
+    return f"{' | '.join(f'{one} {other}' for one, other in arms)} : {arms[right][1]}", arms, right
 
 
 def _star_text(rng: random.Random) -> str:
+    """The habit is to walk the first arm that was named; at times the goal's, else any."""
     prompt, arms, right = _star(rng)
-    arm = right if rng.random() < STAR.parameters["to_the_goal"] else rng.randrange(ARMS)
+    first, to_the_goal = STAR.parameters["first"], STAR.parameters["to_the_goal"]
+    (arm,) = rng.choices((0, right, rng.randrange(ARMS)), (first, to_the_goal, 1 - first - to_the_goal))
     return f"{prompt} {arms[arm][0]} {arms[arm][1]}"
 
 

@@ -16,7 +16,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured.
+    """What is to be measured. Tasks whose completions take long get a part of the three amounts, see `Task.costs`.
 
     tasks, methods: names, in the order of the tables. configurations: how many of each grid are tried. tuning: scored
     completions (updates on logged data) of a tuning run. budget, reference: the same of a test run of llm_dqn and of a
@@ -31,6 +31,10 @@ class Plan:
     tuning: int
     budget: int
     reference: int
+
+    def amount(self, kind: str, task: str) -> int:
+        """Of `tuning`, `budget` or `reference`, what this task gets."""
+        return getattr(self, kind) // TASKS[task].costs
 
 
 def is_ours(method: str) -> bool:
@@ -61,7 +65,8 @@ def tuning_cells(plan: Plan, task: str, method: str) -> list[Cell]:
     grid = REGIMES[plan.regime].methods[method].grid
     if len(grid) == 1:
         return []
-    marks = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
+    most = plan.amount("tuning", task)
+    marks = (most // 4, most // 2, most)
     chosen = spread(grid, plan.configurations)
     return [Cell(task, plan.regime, method, dict(settings), 0, "tuning", marks) for settings in chosen]
 
@@ -83,7 +88,7 @@ def best(results: Sequence[Result]) -> Settings:
 
 def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
     first = 128 if REGIMES[plan.regime].online else 25
-    marks = doubling(first, plan.budget if is_ours(method) else plan.reference)
+    marks = doubling(first, plan.amount("budget" if is_ours(method) else "reference", task))
     return [Cell(task, plan.regime, method, dict(settings), seed, "test", marks) for seed in range(plan.seeds)]
 
 

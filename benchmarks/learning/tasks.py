@@ -34,7 +34,8 @@ class Task:
     tuned: "lora" or "full", the same for every method. length: tokens that a completion may have. base: gives the
     folder of the base model, built when asked for first. judge: the terminal reward. prompts: to train on, to tune on,
     to test on, no one in two of them. answers: the completions of a row that are exactly right, where they can be
-    listed; their probability has no sampling noise.
+    listed; their probability has no sampling noise. costs: about how many times as long as the shortest a completion
+    takes, with the updates on it; budgets are divided by it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Task:
     judge: Callable[[], Judge]
     prompts: Callable[[], tuple[list[Row], list[Row], list[Row]]]
     answers: Callable[[Row], list[str]] | None = None
+    costs: int = 1
 
     @property
     def train(self) -> list[Row]:
@@ -159,6 +161,7 @@ TASKS = {
             Shipped(DATA / "tiny_lm"),
             lambda: _reward_model(DATA / "tiny_reward_model"),
             _reviews,
+            costs=2,
         ),
         Task(
             "paths",
@@ -172,7 +175,7 @@ TASKS = {
         ),
         Task(
             "star",
-            "star graphs with 5 arms of 2 nodes; the base walks an arm at random",
+            "star graphs with 5 arms of 2 nodes; the base has the habit of walking the first that was named",
             "full",
             4,
             graphs.STAR_BASE,
@@ -188,6 +191,7 @@ TASKS = {
             letters.LETTERS_BASE,
             lambda: _reward_model(letters.LETTERS_JUDGE()),
             _letters,
+            costs=4,
         ),
     )
 }

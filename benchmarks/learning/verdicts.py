@@ -7,7 +7,7 @@ import numpy as np
 
 from benchmarks.learning.figures import Results, at_mark, geometric_mean, lead, mean_score, ratio, spent, thresholds
 from benchmarks.learning.methods import REGIMES
-from benchmarks.learning.protocol import Plan, Result, is_ours
+from benchmarks.learning.protocol import Plan, is_ours, score
 from benchmarks.learning.search import PARTS
 
 COSTS = (0.0, 0.1, 1.0)  # seconds that a reward call takes
@@ -29,12 +29,12 @@ def verdicts(plan: Plan, results: Results) -> list[str]:
                     f"{label}, {mark}: the best peer needs {mean:.2f} times as much (geometric mean; {each}; > or <: "
                     "one of the two never got there and counts with all it was given)."
                 )
-        leads = {task: lead(methods, ours, plan.budget) for task, methods in results.items()}
+        leads = {task: lead(methods, ours) for task, methods in results.items()}
         told = [f"{task} {x:+.3f} ({a:+.3f} to {b:+.3f})" for task, (x, a, b) in _known(leads).items()]
         if told:
-            lines.append(f"{label}, score at {plan.budget:,} less the best peer's there: {', '.join(told)}.")
+            lines.append(f"{label}, score at its last mark less the best peer's there: {', '.join(told)}.")
         if not REGIMES[plan.regime].online:
-            lines += _drift(plan, results, ours, label)
+            lines += _drift(results, ours, label)
     return [f"- {line}" for line in lines]
 
 
@@ -42,18 +42,25 @@ def _known(found: dict[str, Any]) -> dict[str, Any]:
     return {task: value for task, value in found.items() if value is not None}
 
 
-def _drift(plan: Plan, results: Results, ours: str, label: str) -> list[str]:
-    quarter = plan.budget // 4
-    each = [
-        f"{task} {np.mean([_score_at(one, quarter) for one in methods[ours]]):.3f}, {mean_score(methods[ours]):.3f}"
-        for task, methods in results.items()
-        if ours in methods
-    ]
-    return [f"{label}, score after {quarter:,} and {plan.budget:,} updates: {'; '.join(each)}."] if each else []
+def _drift(results: Results, ours: str, label: str) -> list[str]:
+    each = []
+    for task, seeds in ((task, methods[ours]) for task, methods in results.items() if ours in methods):
+        last = seeds[0]["points"][-1]["at"]
+        quarter = np.mean([score(at_mark(one, last // 4)) for one in seeds])
+        each.append(f"{task} {quarter:.3f} after {last // 4:,}, {mean_score(seeds):.3f} after {last:,}")
+    return [f"{label}, drift with updates: {'; '.join(each)}."] if each else []
 
 
-def _score_at(result: Result, mark: int) -> float:
-    return mean_score([{**result, "points": [at_mark(result, mark)]}])
+def share_of_online(logged: Results, online: Results, ours: str = "ours") -> list[str]:
+    """How much of the gain of fresh completions, at its last mark, the logged ones alone give."""
+    each = []
+    for task in (task for task in logged if ours in logged[task] and ours in online.get(task, {})):
+        some, all_of_it = (mean_score(r[task][ours]) - mean_score(r[task][ours], 0) for r in (logged, online))
+        if all_of_it > 0:
+            each.append(
+                f"{task} {some / all_of_it:.0%} of {all_of_it:.3f} at {online[task][ours][0]['points'][-1]['at']:,}"
+            )
+    return [f"- Share of the gain of fresh completions: {', '.join(each)}."] if each else []
 
 
 def extras(plan: Plan, results: Results) -> list[str]:
