@@ -45,25 +45,32 @@ def seconds(work: Callable[..., Any], *given: Any) -> float:
     return time.perf_counter() - started
 
 
+def written(count: int, rng: np.random.Generator) -> list[Episode]:
+    """Random episodes."""
+    ids = torch.from_numpy(rng.integers(0, 151_936, (count, PROMPT + COMPLETION)))
+    logprobs = torch.from_numpy(rng.standard_normal((count, COMPLETION), dtype=np.float32))
+    return [
+        Episode("", "", row[:PROMPT], row[PROMPT:], of_row, of_row, "length", reward=float(rng.random()))
+        for row, of_row in zip(ids, logprobs, strict=True)
+    ]
+
+
 def collect(replay: PrefixReplay, count: int, rng: np.random.Generator) -> None:
-    """Adds random episodes."""
-    for _ in range(count):
-        ids = torch.from_numpy(rng.integers(0, 151_936, PROMPT + COMPLETION))
-        logprobs = torch.from_numpy(rng.standard_normal(COMPLETION, dtype=np.float32))
-        episode = Episode("", "", ids[:PROMPT], ids[PROMPT:], logprobs, logprobs, "length", reward=float(rng.random()))
-        replay.add([episode])
+    """Adds random episodes, as many at a time as a run does."""
+    for start in range(0, count, FRESH):
+        replay.add(written(min(FRESH, count - start), rng))
 
 
 class Run:
     """A replay and weights, saved as a run saves them."""
 
-    def __init__(self, root: Path, episodes: int) -> None:
+    def __init__(self, root: Path, episodes: int, on_disk: bool = False) -> None:
         self.rng, self.root = np.random.default_rng(0), root
-        self.replay = PrefixReplay(episodes)
+        self.scratch = root.with_name(root.name + ".segment") if on_disk else None
+        self.replay = PrefixReplay(episodes, scratch=self.scratch)
         self.weights = torch.randn(WEIGHTS)
         self.moments = torch.randn(2, WEIGHTS)
         self.step = 0
-        collect(self.replay, episodes, self.rng)
 
     def save(self, saver: Saver, beside: bool = False) -> Path:
         """The next checkpoint, with a copy of all that changes in place."""
@@ -99,12 +106,13 @@ class Run:
             note("a step of training", statistics.median(quiet))
             note("the same while one is written", statistics.median(busy or quiet))
             newest = checkpoint.checkpoint_folder(self.root, self.step)
-            note("checked, read and restored", seconds(self._restore, newest))
+            note("checked, read and restored", seconds(self.restore, newest))
         return taken
 
-    def _restore(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
+        """As a run that goes on from there."""
         _, parts = checkpoint.read(folder)
-        checkpoint.restore_replay(PrefixReplay(self.replay.capacity), parts, rank=0, world=1)
+        checkpoint.restore_replay(PrefixReplay(self.replay.capacity, scratch=self.scratch), parts, rank=0, world=1)
 
     def sampling(self, repeats: int) -> dict[str, float]:
         """Seconds a batch by rule."""
@@ -123,13 +131,13 @@ def _train(size: int = 700) -> None:
 
 
 def bytes_a_transition(run: Run, folder: Path) -> dict[str, float]:
-    """In memory and on disk, beside the token ids alone and beside a buffer that stores each prefix by itself."""
+    """As stored and in a checkpoint, beside the token ids alone and a buffer that stores each prefix by itself."""
     transitions = len(run.replay) * COMPLETION
     on_disk = sum(file.stat().st_size for file in folder.glob("replay-*"))
     prefixes = sum(4 * (PROMPT + t) for t in range(1, COMPLETION + 1)) / COMPLETION
     return {
-        "in memory": run.replay.store.nbytes / transitions,
-        "on disk": on_disk / transitions,
+        "stored": run.replay.store.nbytes / transitions,
+        "in a checkpoint": on_disk / transitions,
         "token ids alone": 4 * (PROMPT + COMPLETION) / COMPLETION,
         "every prefix by itself": prefixes + 4 + 4,
     }
@@ -144,6 +152,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         run = Run(folder / "checkpoints", options.episodes)
+        collect(run.replay, options.episodes, run.rng)
         taken = run.measure(options.repeats)
         newest = checkpoint.checkpoint_folder(run.root, run.step)
         results = {

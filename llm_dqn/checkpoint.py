@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llm_dqn.episode_store import EpisodeStore
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.resume import dealt
@@ -191,16 +192,21 @@ def read(folder: Path, repair: bool = False) -> tuple[dict[str, Any], Parts]:
     return json.loads((folder / STATE).read_bytes()), parts
 
 
-def read_replay(folder: Path) -> list[dict[str, np.ndarray]]:
-    """The replay buffers of a checkpoint, one dict of arrays a process, in the form of `PrefixReplay.load_arrays`."""
+def read_stores(folder: Path) -> list[EpisodeStore]:
+    """The replay buffers of a checkpoint, one a process. Their segments are mapped from its files, not read at once."""
     _, parts = read(folder)
-    return [_flat(parts[name]) for name in sorted(parts) if name.startswith("replay-")]
+    return [_store(parts[name]) for name in sorted(parts) if name.startswith("replay-")]
 
 
-def _flat(part: Mapping[str, Tensor], vocabulary: bytes = b"") -> dict[str, np.ndarray]:
-    replay = PrefixReplay(max(1, len(part["lengths"])), vocabulary=vocabulary)
-    replay.restore(as_arrays(part))
-    return replay.state_arrays()
+def read_replay(folder: Path) -> list[dict[str, np.ndarray]]:
+    """The same with all in memory, one dict of arrays a process, in the form of `PrefixReplay.load_arrays`."""
+    return [store.flat_arrays() for store in read_stores(folder)]
+
+
+def _store(part: Mapping[str, Tensor], vocabulary: bytes = b"") -> EpisodeStore:
+    store = EpisodeStore(max(1, len(part["lengths"])), int(part["segment_size"][0]), vocabulary)
+    store.restore(as_arrays(part))
+    return store
 
 
 def restore_replay(replay: PrefixReplay, parts: Parts, rank: int, world: int) -> int:
@@ -212,7 +218,7 @@ def restore_replay(replay: PrefixReplay, parts: Parts, rank: int, world: int) ->
     if len(shards) == world:
         replay.restore(as_arrays(shards[rank]))
     else:
-        replay.load_arrays(dealt([_flat(part, replay.store.vocabulary) for part in shards], rank, world))
+        replay.load_arrays(dealt([_store(part, replay.store.vocabulary).flat_arrays() for part in shards], rank, world))
     return len(shards)
 
 
@@ -268,13 +274,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{index}.{name}": torch.as_tensor(v) for index, part in state.items() for name, v in part.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The reverse of `optimizer_tensors`."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    share_of: Callable[[Tensor, Tensor], Tensor] = lambda value, like: value,
+) -> None:
+    """The reverse of `optimizer_tensors`. share_of: (tensor, its parameter) -> what this process keeps."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     whole = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = share_of(value, parameters[int(index)])
     whole["state"] = state
     optimizer.load_state_dict(whole)
 

@@ -3,17 +3,28 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llm_dqn import checkpoint, models
+from llm_dqn.episode_store import EpisodeStore
 from llm_dqn.errors import RunError, UserError, did_you_mean
 from llm_dqn.recipe import load_recipe, with_resolved_paths
 from llm_dqn.replay import ENDED, SOURCES
 
 SORTS = ("reward", "age", "td-error", "slot")
 NEVER_MEASURED = "TD errors were never measured, as this run does not sample by them (replay.prioritized is false)"
+
+
+class Tokens(NamedTuple):
+    """Token ids (P,) and (T,) of an episode, and log-probabilities (T,) of those that were written."""
+
+    prompt_ids: np.ndarray
+    completion_ids: np.ndarray
+    ref_logprobs: np.ndarray
+    behaviour_logprobs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -31,14 +42,17 @@ class Remembered:
     added: int  # episodes ever put in, by all processes
     prioritized: bool
     facts: dict[str, np.ndarray]
-    prompt_ids: list[np.ndarray]
-    completion_ids: list[np.ndarray]
-    ref_logprobs: list[np.ndarray]
-    behaviour_logprobs: list[np.ndarray]
+    stores: list[EpisodeStore]  # one a process
     skipped: list[str]  # a line for each newer checkpoint that is damaged
 
     def __len__(self) -> int:
-        return len(self.prompt_ids)
+        return len(self.facts["reward"])
+
+    def tokens(self, place: int) -> "Tokens":
+        """What was read and written in one episode, read from the disk when it is asked for."""
+        store, slot = self.stores[self.facts["process"][place]], self.facts["slot"][place]
+        flat, split = store.flat(np.array([slot])), int(store.column("prompt_lengths")[slot])
+        return Tokens(flat["tokens"][:split], flat["tokens"][split:], flat["ref_logprobs"], flat["behaviour_logprobs"])
 
 
 def open_replay(run: str | Path, step: str | None = None) -> Remembered:
@@ -60,22 +74,16 @@ def open_replay(run: str | Path, step: str | None = None) -> Remembered:
         raise UserError(f"--checkpoint {step}: {root} has {', '.join(there)}{did_you_mean(step, there)}")
     else:
         folder = root / step
-    shards = checkpoint.read_replay(folder)
+    stores = checkpoint.read_stores(folder)
     learner_step = int(folder.name.removeprefix("step-"))
-    lists: dict[str, list[np.ndarray]] = {name: [] for name in ("prompts", "completions", "ref", "behaviour")}
-    for shard in shards:
-        _split(shard, lists)
     return Remembered(
         folder=folder,
         step=learner_step,
         capacity=recipe.replay.capacity,
-        added=sum(int(shard["added"][0]) for shard in shards),
+        added=sum(store.added for store in stores),
         prioritized=recipe.replay.prioritized,
-        facts=_facts(shards, learner_step),
-        prompt_ids=lists["prompts"],
-        completion_ids=lists["completions"],
-        ref_logprobs=lists["ref"],
-        behaviour_logprobs=lists["behaviour"],
+        facts=_facts(stores, learner_step),
+        stores=stores,
         skipped=skipped,
     )
 
@@ -98,24 +106,11 @@ def _recipe_file(run: str | Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def _split(shard: dict[str, np.ndarray], lists: dict[str, list[np.ndarray]]) -> None:
-    """Takes flat arrays apart, episode by episode."""
-    ends = np.cumsum(shard["lengths"])
-    action_ends = np.cumsum(shard["lengths"] - shard["prompt_lengths"])
-    texts = np.split(shard["tokens"], ends[:-1]) if len(ends) else []
-    for ids, length in zip(texts, shard["prompt_lengths"], strict=True):
-        lists["prompts"].append(ids[:length])
-        lists["completions"].append(ids[length:])
-    if len(ends):
-        lists["ref"] += np.split(shard["ref_logprobs"], action_ends[:-1])
-        lists["behaviour"] += np.split(shard["behaviour_logprobs"], action_ends[:-1])
-
-
-def _facts(shards: Sequence[dict[str, np.ndarray]], step: int) -> dict[str, np.ndarray]:
+def _facts(stores: Sequence[EpisodeStore], step: int) -> dict[str, np.ndarray]:
     def joined(name: str) -> np.ndarray:
-        return np.concatenate([shard[name] for shard in shards])
+        return np.concatenate([store.column(name) for store in stores])
 
-    sizes = [len(shard["lengths"]) for shard in shards]
+    sizes = [len(store) for store in stores]
     return {
         "reward": joined("rewards"),
         "version": joined("versions"),
@@ -123,7 +118,7 @@ def _facts(shards: Sequence[dict[str, np.ndarray]], step: int) -> dict[str, np.n
         "ended": np.array(ENDED)[joined("ended")],
         "source": np.array(SOURCES)[joined("source")],
         "td_error": joined("priorities"),
-        "process": np.repeat(np.arange(len(shards)), sizes),
+        "process": np.repeat(np.arange(len(stores)), sizes),
         "slot": np.concatenate([np.arange(size) for size in sizes]),
     }
 

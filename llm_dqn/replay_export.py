@@ -39,14 +39,15 @@ def rows(remembered: Remembered, places: np.ndarray, tokenizer: PreTrainedTokeni
     """The episodes at these places as plain values, by the names in `COLUMNS`."""
     for place in places:
         facts = {name: values[place].item() for name, values in remembered.facts.items()}
-        prompt, completion = remembered.prompt_ids[place].tolist(), remembered.completion_ids[place].tolist()
+        tokens = remembered.tokens(place)
+        prompt, completion = tokens.prompt_ids.tolist(), tokens.completion_ids.tolist()
         lists = {
             "prompt": prompt_text(prompt, tokenizer),
             "completion": tokenizer.decode(completion, skip_special_tokens=True),
             "prompt_ids": prompt,
             "completion_ids": completion,
-            "ref_logprobs": remembered.ref_logprobs[place].tolist(),
-            "behaviour_logprobs": remembered.behaviour_logprobs[place].tolist(),
+            "ref_logprobs": tokens.ref_logprobs.tolist(),
+            "behaviour_logprobs": tokens.behaviour_logprobs.tolist(),
         }
         row = facts | lists | ({} if remembered.prioritized else {"td_error": None})
         yield {name: row[name] for name in COLUMNS}

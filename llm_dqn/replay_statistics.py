@@ -1,6 +1,6 @@
 """What a replay buffer holds, in figures."""
 
-from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,10 @@ WIDTH = 40  # of the longest bar of a histogram, in characters
 
 
 def statistics(remembered: Remembered) -> dict[str, Any]:
-    """What the buffer holds, in figures. Lengths in tokens, age in learner steps, bytes in memory."""
-    prompts = [ids.tobytes() for ids in remembered.prompt_ids]
-    completions = [ids.tobytes() for ids in remembered.completion_ids]
-    lists = (
-        remembered.prompt_ids,
-        remembered.completion_ids,
-        remembered.ref_logprobs,
-        remembered.behaviour_logprobs,
-        remembered.facts.values(),
+    """What the buffer holds, in figures. Lengths in tokens, age in learner steps, bytes of the store."""
+    distinct = _distinct(remembered)
+    lengths, prompt_lengths = (
+        np.concatenate([store.column(name) for store in remembered.stores]) for name in ("lengths", "prompt_lengths")
     )
     facts = remembered.facts
     return {
@@ -29,12 +24,12 @@ def statistics(remembered: Remembered) -> dict[str, Any]:
         "by_process": np.bincount(facts["process"]).tolist(),
         "capacity": remembered.capacity,
         "added": remembered.added,
-        "distinct_prompts": len(set(prompts)),
-        "distinct_completions": len(set(completions)),
-        "duplicates": len(remembered) - len(set(zip(prompts, completions, strict=True))),
-        "prompt_tokens": _spread([len(ids) for ids in remembered.prompt_ids]),
-        "completion_tokens": _spread([len(ids) for ids in remembered.completion_ids]),
-        "bytes": sum(array.nbytes for arrays in lists for array in arrays if array.dtype.kind != "U"),
+        "distinct_prompts": len({prompt for prompt, _ in distinct}),
+        "distinct_completions": len({completion for _, completion in distinct}),
+        "duplicates": len(remembered) - len(distinct),
+        "prompt_tokens": _spread(prompt_lengths),
+        "completion_tokens": _spread(lengths - prompt_lengths),
+        "bytes": sum(store.nbytes for store in remembered.stores),
         "ended": {name: int((facts["ended"] == name).sum()) for name in ENDED},
         "source": {name: int((facts["source"] == name).sum()) for name in SOURCES},
         "reward": _spread(facts["reward"]),
@@ -44,7 +39,25 @@ def statistics(remembered: Remembered) -> dict[str, Any]:
     }
 
 
-def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+def _distinct(remembered: Remembered) -> set[tuple[bytes, bytes]]:
+    """Digests of the pairs of prompt and completion: a million texts need not be in memory to be told apart."""
+    found = set()
+    for store in remembered.stores:
+        for begin in range(0, len(store), store.segment_size):
+            slots = np.arange(begin, min(begin + store.segment_size, len(store)))
+            tokens, rows = store.flat(slots, ("tokens",))["tokens"], store.rows(slots)
+            starts = np.cumsum(rows["lengths"]) - rows["lengths"]
+            splits, ends = starts + rows["prompt_lengths"], starts + rows["lengths"]
+            for start, split, end in zip(starts.tolist(), splits.tolist(), ends.tolist(), strict=True):
+                found.add((_digest(tokens[start:split]), _digest(tokens[split:end])))
+    return found
+
+
+def _digest(ids: np.ndarray) -> bytes:
+    return blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
     low, first, median, third, high = np.percentile(values, [0, 25, 50, 75, 100]).tolist()
     mean, total = float(np.mean(values)), float(np.sum(values))
     return {"mean": mean, "min": low, "q25": first, "median": median, "q75": third, "max": high, "sum": total}

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.cells import cell_len
 
 from llm_dqn import checkpoint, cli
 from llm_dqn.console import Console, Screen
+from llm_dqn.episode_store import EpisodeStore
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.recipe import load_recipe
 from llm_dqn.replay import PrefixReplay
@@ -35,11 +37,12 @@ def remembered(trained_run: Path) -> Remembered:
     return open_replay(trained_run)
 
 
-def shard(*episodes: Any) -> dict[str, np.ndarray]:
-    """Arrays of one process's buffer with these episodes."""
+def shard(*episodes: Any, td_errors: list[float]) -> EpisodeStore:
+    """What one process's buffer keeps of these episodes."""
     replay = PrefixReplay(64)
     replay.add(list(episodes))
-    return replay.state_arrays()
+    replay.update_priorities(torch.arange(len(episodes)), torch.tensor(td_errors, dtype=torch.float64))
+    return replay.store
 
 
 @pytest.fixture
@@ -56,11 +59,9 @@ def two_processes(trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     first.append(replace(episode([5, 6], [7, 8, 9], 1.0, "length"), policy_version=16))
     first.append(replace(episode([5], [7], -1.0), policy_version=32))
     second = [replace(episode([5, 6], [7, 8], 2.0), source="logged"), replace(episode([4], [3], 0.0), policy_version=8)]
-    shards = [shard(*first), shard(*second)]
-    shards[0]["priorities"] = np.array([0.1, 0.4, 0.3, 0.2])
-    shards[1]["priorities"] = np.array([0.5, 0.05])
+    shards = [shard(*first, td_errors=[0.1, 0.4, 0.3, 0.2]), shard(*second, td_errors=[0.5, 0.05])]
     monkeypatch.setattr(checkpoint, "newest", lambda root: (root / "step-000040", []))
-    monkeypatch.setattr(checkpoint, "read_replay", lambda folder: shards)
+    monkeypatch.setattr(checkpoint, "read_stores", lambda folder: shards)
     return folder
 
 
@@ -78,9 +79,10 @@ def test_the_newest_checkpoint_holds_what_the_run_remembered(trained_run: Path, 
     batch = trainer.replay.batch(np.array([17]))
     length = int(batch.tokens.prompt_lengths[0])
     ids = batch.tokens.input_ids[0].tolist()
-    assert [*remembered.prompt_ids[17], *remembered.completion_ids[17]] == ids
-    assert len(remembered.prompt_ids[17]) == length
-    assert remembered.ref_logprobs[17].tolist() == batch.ref_logprobs[0].tolist()
+    tokens = remembered.tokens(17)
+    assert [*tokens.prompt_ids, *tokens.completion_ids] == ids
+    assert len(tokens.prompt_ids) == length
+    assert tokens.ref_logprobs.tolist() == batch.ref_logprobs[0].tolist()
     assert set(remembered.facts["source"]) == {"online"} and set(remembered.facts["ended"]) <= {"eos", "length"}
 
 

@@ -48,10 +48,10 @@ def test_an_export_holds_every_episode_with_all_its_facts(
     lists = {name: row[name] for name in row if name.endswith(("_ids", "_logprobs"))}
     if suffix == ".csv":
         lists = {name: json.loads(text) for name, text in lists.items()}
-    assert lists["prompt_ids"] == remembered.prompt_ids[11].tolist()
-    assert lists["completion_ids"] == remembered.completion_ids[11].tolist()
-    assert lists["ref_logprobs"] == remembered.ref_logprobs[11].tolist()
-    assert lists["behaviour_logprobs"] == remembered.behaviour_logprobs[11].tolist()
+    assert lists["prompt_ids"] == remembered.tokens(11).prompt_ids.tolist()
+    assert lists["completion_ids"] == remembered.tokens(11).completion_ids.tolist()
+    assert lists["ref_logprobs"] == remembered.tokens(11).ref_logprobs.tolist()
+    assert lists["behaviour_logprobs"] == remembered.tokens(11).behaviour_logprobs.tolist()
     assert float(row["reward"]) == remembered.facts["reward"][11] and row["source"] == "online"
     assert (int(row["version"]), int(row["age"])) == (48 - int(remembered.facts["age"][11]), int(row["age"]))
     assert row["td_error"] in (None, "") and row["ended"] == remembered.facts["ended"][11]
@@ -97,11 +97,11 @@ def test_an_export_warm_starts_another_run_token_by_token(
     assert np.array_equal(again.facts["reward"], remembered.facts["reward"])
     assert np.array_equal(again.facts["ended"], remembered.facts["ended"])
     assert set(again.facts["source"]) == {"logged"}
-    for name in ("prompt_ids", "completion_ids"):
-        for ours, theirs in zip(getattr(again, name), getattr(remembered, name), strict=True):
-            assert np.array_equal(ours, theirs)
-    for ours, theirs in zip(again.ref_logprobs, remembered.ref_logprobs, strict=True):
-        assert np.allclose(ours, theirs, atol=1e-4)
+    for place in range(len(remembered)):
+        ours, theirs = again.tokens(place), remembered.tokens(place)
+        assert np.array_equal(ours.prompt_ids, theirs.prompt_ids)
+        assert np.array_equal(ours.completion_ids, theirs.completion_ids)
+        assert np.allclose(ours.ref_logprobs, theirs.ref_logprobs, atol=1e-4)
 
 
 def test_token_ids_are_taken_where_they_spell_the_texts_and_else_not(tokenizer: PreTrainedTokenizerFast) -> None:
