@@ -227,9 +227,7 @@ def _estimate(found: Findings, recipe: Recipe, model: PreTrainedModel) -> None:
     free = shutil.disk_usage(there).free
     needed = kept * saved + spilled
     if free < needed:
-        found.problem(
-            "train.output_dir", f"{there} has {free / GIB:.1f} GiB free, the run may need {needed / GIB:.1f}"
-        )
+        found.problem("train.output_dir", f"{there} has {free / GIB:.1f} GiB free, the run may need {needed / GIB:.1f}")
 
 
 def _one_step(
@@ -243,6 +241,8 @@ def _one_step(
     """One small rollout and one update on the real model, with their times."""
     args = settings_of(recipe)
     few = {"prompts_per_collect": min(4, args.prompts_per_collect), "learning_starts": 1, "warm_start": None}
+    few |= {"overlap": 0, "collectors": None}  # written here, whoever will write for the run
+    few |= {"sharding": "none"}
     args = args.model_copy(update=few | {"per_device_train_batch_size": min(4, args.per_device_train_batch_size)})
     lora = None if recipe.lora is None else lora_config(**dict(recipe.lora))
 
