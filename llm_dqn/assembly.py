@@ -21,6 +21,7 @@ from llm_dqn.reduction import share_from_first
 from llm_dqn.replay import PrefixReplay, SamplingRule
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, describe
+from llm_dqn.sharding import is_share, shard_over
 from llm_dqn.types import PrefixBatch, Prompt, QOutput
 from llm_dqn.vllm_server import VLLMServer
 
@@ -66,6 +67,11 @@ class Parts:
     returns: ReturnsRule
     td_loss: LossRule
     epsilon: schedules.Schedule
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a share of the weights."""
+        return any(is_share(parameter) for parameter in self.trainable)
 
     def totals(self, *values: Tensor | float) -> Tensor:
         """(n,) sums of some numbers over all processes, in one message."""
@@ -169,6 +175,8 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         model.enable_input_require_grads()
     if accelerator.num_processes > 1:
         share_from_first(network.checkpoint_state().values())
+    if args.sharding == "fsdp2":
+        shard_over(network, accelerator.device, accelerator.num_processes)
     optimizer = optimizer_for(network, args)
     optimizer = accelerator.prepare(optimizer)  # the network stays as it is: `reduction` sums its gradients
     writer = writer_for(args, inputs, network)
@@ -236,7 +244,8 @@ def optimizer_for(network: QNetwork, args: DQNConfig) -> torch.optim.Optimizer:
         {"params": heads, "lr": args.value_learning_rate},
     ]
     # Fused, no copy of a linear head's moments is made: half a gigabyte each at a vocabulary of 150,000.
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    fused = args.sharding == "none"  # shares and whole weights in one group go only one by one
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=fused, foreach=False if not fused else None)
 
 
 def backup_rule(args: DQNConfig) -> Backup | Literal["soft"] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from llm_dqn.exchange import Order
 from llm_dqn.overlap import Overlap
 from llm_dqn.recipe import DQNConfig
+from llm_dqn.sharding import gathered
 from llm_dqn.shared_folder import SharedFolder
 from llm_dqn.signals import Stopped, StopRequest
 from llm_dqn.trainer_state import Checkpointed
@@ -93,7 +94,7 @@ class Intake(Checkpointed):
     def publish(self) -> None:
         """Shows the policy to collectors, where there are any."""
         if self.shared is not None:
-            self.shared.publish(self.step, self.epsilon, self.network.checkpoint_state())
+            self.shared.publish(self.step, self.epsilon, gathered(self.network.checkpoint_state()))
 
     # --- from collectors of this run's own --------------------------------------------------------------------------
 
@@ -132,4 +133,4 @@ class Intake(Checkpointed):
             stream.next_batch(draw)
             scored = self.scored_completions + ahead * self.processes.world
             order = Order(self.overlap.next, self.step, self.epsilon, position, draw, completions, scored)
-            self.overlap.place(order, self.network.checkpoint_state())
+            self.overlap.place(order, gathered(self.network.checkpoint_state()))

@@ -71,8 +71,7 @@ def check_launch() -> None:
         raise UserError(
             "accelerate launch: distributed_type FSDP is not supported by `train`: completions are written by each "
             "process in its own number of steps, and sharded weights would wait for one another for ever" + where + "; "
-            "use recipes/accelerate/ddp.yaml, where LoRA keeps gradients and optimizer small (docs/scaling.md says "
-            "what FSDP2 is proven for)"
+            "use recipes/accelerate/ddp.yaml and train.sharding=fsdp2 in the recipe, which shards while it learns"
         )
     for name, what in (("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED"), ("ACCELERATE_USE_MEGATRON_LM", "MEGATRON_LM")):
         if environment.get(name) == "true":

@@ -12,6 +12,7 @@ from llm_dqn.memory import Attempt, RanOutTogether
 from llm_dqn.numerics import NonFiniteSteps, all_finite, faulty_rows
 from llm_dqn.processes import Processes
 from llm_dqn.reduction import sum_gradients
+from llm_dqn.sharding import clip_gradients, is_share
 from llm_dqn.signals import StopRequest
 from llm_dqn.types import PrefixBatch, QOutput, TDTarget
 
@@ -40,6 +41,7 @@ class Learner:
     ) -> None:
         self.parts, self.logbook, self.processes, self.nonfinite = parts, logbook, processes, nonfinite
         self.accelerator, self.stop, self.stopping = parts.accelerator, stop, False
+        self.clip = clip_gradients if parts.sharded else parts.accelerator.clip_grad_norm_
         self.max_grad_norm, self.prioritized = max_grad_norm, prioritized
         self.advantage_weight, self.expectile, self.cql_weight = advantage_weight, expectile, cql_weight
 
@@ -49,7 +51,8 @@ class Learner:
         It is left out, on all of them, when a loss or the gradient is not finite anywhere, or nothing is to be learned.
         Raises RanOutTogether on all of several processes when memory ran out on one.
         """
-        attempt = Attempt(alone=self.processes.world == 1)
+        # Shares are gathered in the middle of a pass: whoever leaves it cannot be waited for.
+        attempt = Attempt(alone=self.processes.world == 1 or self.parts.sharded)
         td_targets: list[TDTarget] = attempt.do(lambda: [td_target(batch) for batch in batches], [])
         count, weight = self.parts.totals(
             sum(batch.action_mask.sum() for batch in batches),
@@ -58,7 +61,7 @@ class Learner:
         nothing: tuple[list[QOutput], Tensor] = [], count > 0
         outputs, usable = attempt.do(lambda: self.backward(batches, td_targets, count, weight), nothing)
         usable = self.summed(attempt, usable)
-        norm = self.accelerator.clip_grad_norm_(self.parts.trainable, self.max_grad_norm)
+        norm = self.clip(self.parts.trainable, self.max_grad_norm)
         if usable & norm.isfinite():
             self.parts.optimizer.step()
             self.nonfinite.passed()
@@ -82,11 +85,14 @@ class Learner:
 
     def summed(self, attempt: Attempt, usable: Tensor) -> Tensor:
         """Sums gradients over processes, and tells how each fared; () bool: whether all can learn from theirs."""
-        if attempt.alone:
+        if self.processes.world == 1:
             return usable
+        copies = [
+            parameter for parameter in self.parts.trainable if not is_share(parameter)
+        ]  # shares are summed already
         here = [~usable, bool(attempt.reason), self.stop.requested is not None]
         told = torch.stack([torch.as_tensor(fact, dtype=torch.float32, device=usable.device) for fact in here])
-        unusable, ran_out, asked = sum_gradients(self.parts.trainable, told).tolist()
+        unusable, ran_out, asked = sum_gradients(copies, told).tolist()
         self.stopping = asked > 0
         if ran_out:
             reasons = self.processes.gather(attempt.reason)

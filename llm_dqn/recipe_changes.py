@@ -38,7 +38,7 @@ NOTED = _names(
     replay.learning_starts replay.updates_per_collect replay.prioritized replay.success_share replay.success_odds
     train.learning_rate train.value_learning_rate train.weight_decay train.max_grad_norm train.warmup_steps
     train.lr_scheduler_type train.per_device_train_batch_size train.gradient_accumulation_steps train.bf16
-    train.gradient_checkpointing
+    train.gradient_checkpointing train.sharding
     """
 )
 # What was saved means something else, or nothing, under another value of these.

@@ -317,6 +317,9 @@ class TrainSection(Section):
     )
     seed: Annotated[Int, Field(ge=0)] = Field(default=0, description="Seed of everything random.")
     bf16: StrictBool = Field(default=False, description="bfloat16 autocast in the trunk; Q and losses stay float32.")
+    sharding: Literal["none", "fsdp2"] = Field(
+        default="none", description="fsdp2: while learning, each process holds a share of every layer. Needs LoRA."
+    )
     gradient_checkpointing: StrictBool = Field(default=False, description="Recompute activations: less memory, slower.")
     logging_steps: Annotated[Int, Field(ge=1)] = Field(
         default=10, description="Learner steps between lines of metrics."

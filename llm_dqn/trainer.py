@@ -28,6 +28,7 @@ from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.processes import Processes
 from llm_dqn.recipe import DQNConfig, Recipe
 from llm_dqn.rollout import Writer, rollout, verify_generator
+from llm_dqn.sharding import adapters_whole, whole
 from llm_dqn.signals import StopRequest
 from llm_dqn.types import Episode, PrefixBatch, TDTarget
 
@@ -200,7 +201,8 @@ class DQNTrainer(Intake):
         """(how many completions were written, those that got a reward), on this process."""
         before = self.parts.stream.state_dict()
         try:
-            return self.judges.after(self.rollout, self.score)
+            with whole(self.network):
+                return self.judges.after(self.rollout, self.score)
         except StepFailed:
             self.parts.stream.load_state_dict(before)  # the same prompts come again
             raise
@@ -283,7 +285,8 @@ class DQNTrainer(Intake):
         found = self.logbook.open(resume, accept, replay_repair)
         if found is not None:
             self.load_state(*found)
-        verify_generator(self.parts.writer, self.parts.eval_prompts)
+        with whole(self.network):
+            verify_generator(self.parts.writer, self.parts.eval_prompts)
 
     @contextmanager
     def saved_where_possible(self) -> Iterator[None]:
@@ -303,8 +306,9 @@ class DQNTrainer(Intake):
             self.publish()
         self.logbook.progressed(self.step)
         if args.eval_steps and self.step % args.eval_steps == 0:
-            verify_generator(self.parts.writer, self.parts.eval_prompts)
-            measured = self.examiner.look(self.parts.eval_prompts[: args.eval_prompts])
+            with whole(self.network):
+                verify_generator(self.parts.writer, self.parts.eval_prompts)
+                measured = self.examiner.look(self.parts.eval_prompts[: args.eval_prompts])
             for name in ("reward", "reward_greedy"):
                 if measured.figures[name] is not None:
                     self.logbook.add(f"eval/{name}", measured.figures[name])
@@ -325,14 +329,16 @@ class DQNTrainer(Intake):
         """Base against tuned on the held-out prompts; written to `evaluation.json` and shown."""
         prompts = self.parts.eval_prompts[: self.args.final_eval_prompts]
         self.logbook.say(f"measuring base and tuned model on {len(prompts)} held-out prompts ...")
-        report, pairs = self.examiner.compare(prompts, self.args.final_beta_scales, CURVE_PROMPTS)
-        self.logbook.finished(report, pairs, self.parts.writer)
+        with whole(self.network):
+            report, pairs = self.examiner.compare(prompts, self.args.final_beta_scales, CURVE_PROMPTS)
+            self.logbook.finished(report, pairs, self.parts.writer)
         return report
 
     def save_model(self, output_dir: str | None = None) -> Path:
         """Writes `adapter/`, which opens in plain PEFT (`model/` when all weights were tuned); returns the folder."""
         folder = None if output_dir is None else Path(output_dir)
-        return self.logbook.save_policy(self.network, self.parts.writer.tokenizer, folder)
+        with adapters_whole(self.network):
+            return self.logbook.save_policy(self.network, self.parts.writer.tokenizer, folder)
 
     def push_to_hub(self, repo_id: str, private: bool = True, base_model: str | None = None) -> str:
         """Saves the policy and uploads it as `llm-dqn push` does; returns the address of the commit.

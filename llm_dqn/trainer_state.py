@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm_dqn import checkpoint, recipe_changes
+from llm_dqn import checkpoint, recipe_changes, sharding
 from llm_dqn.assembly import Parts
 from llm_dqn.errors import UserError
 from llm_dqn.logbook import Logbook
@@ -62,8 +62,8 @@ class Checkpointed:
         """The tensors of a checkpoint, part by part."""
         rank = self.parts.accelerator.process_index
         return {
-            "network": self.network.checkpoint_state(),
-            "optimizer": checkpoint.optimizer_tensors(self.parts.optimizer),
+            "network": sharding.gathered(self.network.checkpoint_state()),
+            "optimizer": sharding.gathered(checkpoint.optimizer_tensors(self.parts.optimizer)),
             f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
             **({} if self.overlap is None else self.overlap.tensors()),
         }
@@ -71,8 +71,11 @@ class Checkpointed:
     def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """The reverse of `state` and `tensors`."""
         try:
-            self.network.load_checkpoint_state(tensors["network"])
-            checkpoint.load_optimizer(self.parts.optimizer, tensors["optimizer"])
+            if self.parts.sharded:
+                sharding.restore(self.network.checkpoint_state(), tensors["network"])
+            else:
+                self.network.load_checkpoint_state(tensors["network"])
+            checkpoint.load_optimizer(self.parts.optimizer, tensors["optimizer"], sharding.share_of)
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
                 f"the checkpoint does not fit the model, adapter or Q-head of this recipe: {error}"

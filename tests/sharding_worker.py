@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from llm_dqn import sharding
 from llm_dqn.policy import sampled
+from llm_dqn.reduction import sum_gradients
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.rollout import rollout
 from tests.networks import shake
@@ -60,16 +62,14 @@ def main(path: str, folder: str) -> None:
     notes["sharded"] = all(isinstance(p, DTensor) for p in layers)
     notes["share"] = sum(p.to_local().numel() for p in layers) / sum(p.numel() for p in layers)
     loss = torch.tensor(learn(mine))
-    for parameter in network.parameters():
-        if parameter.grad is not None:
-            parameter.grad *= 2  # averaged over two processes, of a loss that is normalised by the count of both
-    sharding.average_whole_gradients(network)
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    sum_gradients([p for p in trainable if not isinstance(p, DTensor)], torch.zeros(1))
     dist.all_reduce(loss)
     notes["loss"] = abs(loss.item() - alone["loss"])
     notes["gradients"] = largest(alone["gradients"], gradients(network))
     notes["largest_gradient"] = max(g.abs().max().item() for g in alone["gradients"].values())
     norm = torch.stack([g.square().sum() for g in alone["gradients"].values()]).sum().sqrt()
-    notes["norm"] = abs(sharding.gradient_norm(network).item() - norm.item())
+    notes["norm"] = abs(sharding.clip_gradients(trainable, 1e9).item() - norm.item())
     notes["targets"] = (run.td_target(every).returns - alone["target"]).abs().max().item()
 
     with CommDebugMode() as communication:
@@ -87,7 +87,31 @@ def main(path: str, folder: str) -> None:
             value.zero_() if not isinstance(value, DTensor) else value.to_local().zero_()
     sharding.load(state, Path(folder) / "sharded")
     notes["restored"] = largest(synced, {name: full(value) for name, value in network.checkpoint_state().items()})
+    notes["runs"] = runs(path, Path(folder), rank)
     (Path(folder) / f"notes-{rank}.json").write_text(json.dumps(notes))
+
+
+def runs(path: str, folder: Path, rank: int) -> dict:
+    """The same run with whole copies, with shares, and with shares that go on from a checkpoint; how far apart."""
+    options = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "logging_steps": 1, "updates_per_collect": 2}
+    options |= {"learning_starts": 4, "per_device_train_batch_size": 4, "max_grad_norm": 0.01, "target_tau": 0.5}
+    ends = {}
+    for name, how in (("none", "none"), ("fsdp2", "fsdp2"), ("cut", "fsdp2")):
+        if name == "cut":
+            cut = trainer(path, folder / name, sharding=how, **(options | {"max_steps": 2}))
+            cut.train()
+            shares = [parameter for parameter in cut.parts.trainable if isinstance(parameter, DTensor)]
+        run = trainer(path, folder / name, sharding=how, **options)
+        run.train(resume=name == "cut")
+        ends[name] = {k: full(v) for k, v in run.network.checkpoint_state().items()}
+    opened = load_file(folder / "fsdp2" / "adapter" / "adapter_model.safetensors")
+    saved = {f"online.{name}": value for name, value in opened.items()}
+    return {
+        "shares": len(shares),
+        "apart": largest(ends["none"], ends["fsdp2"]),
+        "resumed": largest(ends["fsdp2"], ends["cut"]),
+        "saved": largest(saved, {name: value for name, value in ends["fsdp2"].items() if name in saved}),
+    }
 
 
 if __name__ == "__main__":
