@@ -36,12 +36,10 @@ def success_biased(share: float, odds: float = math.inf) -> SamplingRule:
     """
 
     def sample(replay: "PrefixReplay", size: int, rng: np.random.Generator) -> np.ndarray:
-        rewards = replay.rewards
-        good = rewards > rewards.mean() + 1e-9
-        successes, others = np.flatnonzero(good), np.flatnonzero(~good)
+        successes, others = replay.successes()
         if not len(successes):
             return rng.integers(len(replay), size=size)
-        there = len(successes) / len(rewards)
+        there = len(successes) / len(replay)
         limited = 1 / (1 + (1 - there) / (there * odds))
         count = int(size * max(there, min(share, limited)) + rng.random())  # rounded up or down at random: exact mean
         return np.concatenate([rng.choice(successes, size=count), rng.choice(others, size=size - count)])
@@ -87,7 +85,12 @@ class PrefixReplay:
     ) -> None:
         self.store = EpisodeStore(capacity, segment_size, vocabulary, scratch)
         self.capacity, self.gamma, self.truncated = capacity, gamma, truncated
-        self._trees: dict[tuple[float, float], PriorityTree] = {}  # by alpha and half-life, of rules that were used
+        self._forget_what_follows()
+
+    def _forget_what_follows(self) -> None:
+        """What sampling rules derived from the content."""
+        self._trees: dict[tuple[float, float], PriorityTree] = {}  # by alpha and half-life
+        self._successes: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.store)
@@ -117,6 +120,13 @@ class PrefixReplay:
         view.flags.writeable = False
         return view
 
+    def successes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Slots whose reward is above the mean, and all others; found once for all draws until episodes are added."""
+        if self._successes is None:
+            good = self.rewards > self.rewards.mean() + 1e-9
+            self._successes = np.flatnonzero(good), np.flatnonzero(~good)
+        return self._successes
+
     def priority_tree(self, alpha: float, half_life: float) -> PriorityTree:
         """What `prioritized` draws from; kept up to date from its first use on."""
         tree = self._trees.get((alpha, half_life))
@@ -140,6 +150,7 @@ class PrefixReplay:
                 raise ValueError(f"an episode needs at least one action, got none after {episode.prompt!r}")
         if not episodes:
             return
+        self._successes = None
         fresh, first = self.priorities.max() if len(self) else 1.0, self.added
         facts = {
             "lengths": [len(episode.prompt_ids) + len(episode.completion_ids) for episode in episodes],
@@ -215,7 +226,7 @@ class PrefixReplay:
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Replaces the content by what `snapshot` returned; see `EpisodeStore.restore`."""
-        self._trees.clear()
+        self._forget_what_follows()
         self.store.restore(arrays)
 
     def state_arrays(self) -> dict[str, np.ndarray]:
@@ -228,7 +239,7 @@ class PrefixReplay:
 
     def load_arrays(self, arrays: dict[str, np.ndarray]) -> None:
         """Replaces the content by what `state_arrays` returned; the newest that fit where the capacity is another."""
-        self._trees.clear()
+        self._forget_what_follows()
         self.store.load_flat(arrays)
 
 

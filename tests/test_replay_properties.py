@@ -159,6 +159,14 @@ class AgainstAList(RuleBasedStateMachine):
         assert stored <= most * 9  # what was overwritten does not stay
         assert not list(Path(self.folder.name).glob("run/*"))  # nothing would be left after a kill
 
+    @precondition(lambda self: self.kept)
+    @invariant()
+    def successes_are_those_of_now(self) -> None:
+        rewards = np.array([row[0].reward for row in self.by_slot()])
+        good, others = self.replay.successes()
+        assert good.tolist() == np.flatnonzero(rewards > rewards.mean() + 1e-9).tolist()
+        assert sorted([*good, *others]) == list(range(len(rewards)))
+
     @invariant()
     def trees_are_those_that_a_resumed_run_builds(self) -> None:
         for (alpha, half_life), tree in self.replay._trees.items():
