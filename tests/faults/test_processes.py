@@ -112,9 +112,7 @@ def test_case_17_a_folder_in_use_is_told_to_both_processes(two):
 
 
 def test_case_17_a_killed_process_ends_the_other_and_the_run_goes_on_afterwards(tmp_path):
-    """Ctrl-C saves on both. SIGKILL of one during a slow reward: the other ends in seconds and says who is gone; of the
-    launcher: both do.
-    """
+    """Ctrl-C saves on both; SIGKILL of one, or of their launcher: who is left ends in seconds and says who is gone."""
     (tmp_path / "judge.py").write_text(SLOW)
     run = tmp_path / "run"
     settings = [f"train.output_dir={run}", f"reward.funcs=[{tmp_path}/judge.py:slow]", "train.max_steps=100000"]
@@ -176,8 +174,8 @@ def test_case_36_a_nan_on_one_process_leaves_the_step_out_on_both(two):
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_begin_a_step_again_together_when_memory_runs_out_on_one(two):
-    """They go on with smaller pieces, and learn what they would have learned with enough memory."""
+def test_case_38_two_processes_begin_a_step_again_together(two):
+    """On one process: all go on with half as many episodes at a time, and learn what they would have learned."""
     _, notes = two
     for rank, note in enumerate(notes):
         found = note["memory_runs_out_on_one"]
@@ -188,7 +186,8 @@ def test_two_processes_begin_a_step_again_together_when_memory_runs_out_on_one(t
         assert note["memory_runs_out_on_one"]["seconds"] < 60
 
 
-def test_memory_that_runs_out_twice_ends_both_processes_alike_and_saved(two):
+def test_case_38_out_of_memory_again_ends_both_processes(two):
+    """Again on one process: all end with the same sentence, saved."""
     _, notes = two
     ends = [note["memory_runs_out_for_good"] for note in notes]
     assert ends[0]["said"] == ends[1]["said"] and ends[0]["said"][0] == "StepFailed"
