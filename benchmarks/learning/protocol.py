@@ -73,6 +73,7 @@ def tuning_cells(plan: Plan, task: str, method: str) -> list[Cell]:
 
 def attempt(plan: Plan, store: Store, settings: Settings, pool: Executor | None = None) -> list[Result]:
     """One configuration, of a grid or not, on the tuning prompts."""
+    prepare(plan)
     marks = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
     if not REGIMES[plan.regime].online:
         marks = doubling(25, plan.tuning)
