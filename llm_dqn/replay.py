@@ -168,7 +168,7 @@ class PrefixReplay:
         }
         self.store.put(
             {name: np.array(values) for name, values in facts.items()},
-            {name: torch.cat(parts).numpy() for name, parts in flat.items()},
+            {name: np.concatenate([part.numpy() for part in parts]) for name, parts in flat.items()},
         )
         self._weights_changed(np.arange(max(first, self.added - self.capacity), self.added) % self.capacity)
 
