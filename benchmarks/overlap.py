@@ -89,19 +89,22 @@ def table(results: dict[str, Any]) -> str:
         for overlap, part in runs.items():
             loads += [run["load_before"] for run in part]
             ratio = median(part, "seconds") / median(runs["0"], "seconds")
-            figures = (median(part, name) for name in ("seconds", "idle_share", "staleness"))
-            seconds, idle, stale = figures
-            rows.append(f"| {regime} | {overlap} | {seconds:.1f} | {ratio:.2f} | {idle:.0%} | {stale:.1f} |")
+            names = ("seconds", "learner_processor_seconds", "idle_share", "staleness")
+            seconds, busy, idle, stale = (median(part, name) for name in names)
+            rows.append(
+                f"| {regime} | {overlap} | {seconds:.1f} | {ratio:.2f} | {busy:.1f} | {idle:.0%} | {stale:.1f} |"
+            )
     facts, one = results["machine"], next(iter(results["runs"].values()))["0"][0]
-    busy = " Other work was running beside it: a free machine is to be measured again." if max(loads) > 2.5 else ""
+    shared = " Other work was running beside it: a free machine is to be measured again." if max(loads) > 2.5 else ""
     return "\n".join(
         [
             f"`{results['command']}`: {one['completions']} completions, {one['steps']} learner steps, "
             f"{results['repeats']} run(s) each in turn, medians; {facts['cores']} cores, one thread a process, torch "
-            f"{facts['torch']}; load average before the runs {min(loads):.1f} to {max(loads):.1f}.{busy}",
+            f"{facts['torch']}; load average before the runs {min(loads):.1f} to {max(loads):.1f}.{shared}",
             "",
-            "| rewards by | `rollout.overlap` | the loop, seconds | ratio | learner idle | staleness, steps |",
-            "|---|---|---|---|---|---|",
+            "| rewards by | `rollout.overlap` | the loop, seconds | ratio | learner's processor seconds | learner idle | "
+            "staleness, steps |",
+            "|---|---|---|---|---|---|---|",
             *rows,
         ]
     )
