@@ -79,13 +79,25 @@ class PrefixBatch:
         return PrefixBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
     def split(self, rows: int) -> list["PrefixBatch"]:
-        """The same episodes, at most `rows` of them at a time."""
+        """The same episodes, at most `rows` of them at a time, those of like length together and padded no further."""
         if rows >= len(self.slots):
             return [self]
-        starts = range(0, len(self.slots), rows)
-        return [
-            PrefixBatch(**{name: value[start : start + rows] for name, value in vars(self).items()}) for start in starts
-        ]
+        order = self.tokens.attention_mask.sum(1).argsort(stable=True)
+        return [self._only(chosen) for chosen in order.split(rows)]
+
+    def _only(self, chosen: Tensor) -> "PrefixBatch":
+        """The episodes in these rows, (n,)."""
+        mask = self.tokens.attention_mask[chosen]
+        length, actions = int(mask.sum(1).max()), int(self.action_mask[chosen].sum(1).max())
+        tokens = TokenBatch(
+            input_ids=self.tokens.input_ids[chosen, :length],
+            attention_mask=mask[:, :length],
+            prompt_lengths=self.tokens.prompt_lengths[chosen],
+            actions=self.tokens.actions[chosen, :actions],
+            action_mask=self.action_mask[chosen, :actions],
+        )
+        rewards, discounts = self.rewards[chosen, :actions], self.discounts[chosen, :actions]
+        return PrefixBatch(tokens, rewards, discounts, self.ref_logprobs[chosen, :actions], self.slots[chosen])
 
 
 @dataclass(frozen=True)

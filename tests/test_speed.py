@@ -154,3 +154,23 @@ def test_one_pass_of_the_trunk_a_role(tiny_llama_path, monkeypatch):
         )
         net.target(batch)
         assert passes == roles
+
+
+def test_parts_of_a_batch_are_padded_to_their_own_longest_and_add_up_to_its_gradient(tiny_llama_path):
+    """What is learned in several pieces, as after memory ran out, is what one piece would have taught."""
+    net = network(tiny_llama_path)
+    shake(net, 0.2)
+    batch = batch_of(net)
+    weights = [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+    def gradients(parts):
+        loss = sum((part.rewards - net(part).taken)[part.action_mask].square().sum() for part in parts)
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    parts = batch.split(1)
+    assert [part.tokens.input_ids.shape[1] for part in parts] == sorted(len(p) + len(c) for p, c in EPISODES)
+    assert [part.tokens.actions.shape[1] for part in parts] == [2, 4, 2]
+    assert sorted(int(slot) for part in parts for slot in part.slots) == [0, 1, 2]
+    assert batch.split(3) == [batch]
+    for one, other in zip(gradients(parts), gradients([batch]), strict=True):
+        assert one is other is None or torch.allclose(one, other, atol=1e-5)
