@@ -86,10 +86,10 @@ def naive_dqn(model: PreTrainedModel, lora: LoraConfig) -> Step:
         given = {"input_ids": batch.tokens.input_ids, "attention_mask": batch.tokens.attention_mask, "use_cache": False}
         with torch.no_grad():
             tuned.base_model.set_adapter("target", inference_mode=True)
-            highest = tuned(**given).logits.max(-1).values
+            highest = tuned(**given).logits.max(-1).values.float()
             tuned.base_model.set_adapter("default")
         q_values = tuned(**given).logits[:, :-1]
-        taken = q_values.gather(-1, given["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1)
+        taken = q_values.gather(-1, given["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1).float()
         counts = _labels(batch)[:, 1:] != -100
         rewards, discounts = torch.zeros_like(taken), torch.zeros_like(taken)
         rewards[counts], discounts[counts] = batch.rewards[batch.action_mask], batch.discounts[batch.action_mask]
