@@ -102,8 +102,8 @@ def table(results: dict[str, Any]) -> str:
             f"{results['repeats']} run(s) each in turn, medians; {facts['cores']} cores, one thread a process, torch "
             f"{facts['torch']}; load average before the runs {min(loads):.1f} to {max(loads):.1f}.{shared}",
             "",
-            "| rewards by | `rollout.overlap` | the loop, seconds | ratio | learner's processor seconds | learner idle | "
-            "staleness, steps |",
+            "| rewards by | `rollout.overlap` | the loop, seconds | ratio | learner's processor seconds "
+            "| learner idle | staleness, steps |",
             "|---|---|---|---|---|---|---|",
             *rows,
         ]
