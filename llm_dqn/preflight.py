@@ -24,6 +24,7 @@ from llm_dqn.inputs import load_prompts, reason
 from llm_dqn.recipe import Problem, Recipe, mislaid, with_resolved_paths
 from llm_dqn.reward_functions import code_behind
 from llm_dqn.rewards import RewardError, RewardFunction, Rewards, load_reward
+from llm_dqn.rollout import verify_generator
 from llm_dqn.shipped import similar_nearby
 from llm_dqn.tables import Table, read_table
 from llm_dqn.trainer import DQNTrainer
@@ -250,6 +251,7 @@ def _one_step(
         with tempfile.TemporaryDirectory() as elsewhere:  # nothing of this is the run's
             here = args.model_copy(update={"output_dir": elsewhere})
             trainer = DQNTrainer.of_inputs(here, Inputs(model, tokenizer, *prompts, rewards, lora))
+            verify_generator(trainer.parts.writer, prompts[1])
             started = time.perf_counter()
             trainer.collect()
             collected = time.perf_counter()
