@@ -88,6 +88,10 @@ def lora_facts(config: LoraConfig) -> dict[str, Any]:
     }
 
 
+class NotByRow(RuntimeError):
+    """A layer got something else than a batch of rows, such as a flat list of tokens."""
+
+
 class AdapterRoles:
     """LoRA: two adapters on one base, the reference being neither.
 
@@ -132,22 +136,29 @@ class AdapterRoles:
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether rows of one batch may be of different roles; PEFT can do that with plain LoRA on linear layers."""
+        """Whether rows of one batch may be of different roles: with plain LoRA on linear layers only."""
         config = self.model.peft_config["default"]
         special = config.use_dora or config.modules_to_save or config.trainable_token_indices
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        return not special and all(isinstance(layer, LoraLinear) for layer in layers)
+        return not special and all(isinstance(layer, LoraLinear) for layer in self._lora_layers())
+
+    def _lora_layers(self) -> list[LoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
     @contextmanager
     def mixed(self, rows: Sequence[Role]) -> Iterator[None]:
-        """Within it, row i of a batch is of the role rows[i], online or reference; only to write, not to learn."""
-        names = ["__base__" if role == "reference" else _ADAPTER_OF[role] for role in rows]
+        """Within it, row i of a batch is of the role rows[i], online or reference: for the reference its part of what
+        the adapter adds is zero. Only to write, not to learn.
 
-        def name_rows(_: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            return arguments, named | {"adapter_names": names}
+        The model raises NotByRow where it takes a batch apart otherwise than by rows.
+        """
+        ours = torch.tensor([role == "online" for role in rows], device=next(self.model.parameters()).device)
 
-        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        hooks = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in layers]
+        def silence(_: nn.Module, __: Any, added: Tensor) -> Tensor:
+            if added.dim() != 3 or len(added) != len(rows):
+                raise NotByRow
+            return added * ours[:, None, None].to(added)
+
+        hooks = [layer.lora_B["default"].register_forward_hook(silence) for layer in self._lora_layers()]
         try:
             yield
         finally:

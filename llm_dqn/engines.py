@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llm_dqn.adapters import AdapterRoles, Role
+from llm_dqn.adapters import AdapterRoles, NotByRow, Role
 from llm_dqn.errors import RunError
 from llm_dqn.network import QNetwork
 from llm_dqn.policy import BehaviourPolicy, TakenLogprobs, generation_config, logits_processors
@@ -108,7 +108,7 @@ def until_stop(ids: Tensor, stop_token_ids: frozenset[int]) -> Tensor:
 def by_generate(writer: Writer, request: Request) -> list[Written]:
     """Transformers' `generate`, in batches of the writer's size.
 
-    Rows of both roles share a batch where PEFT can do that: the few that explore would otherwise take as many steps
+    Rows of both roles share a batch where the model takes that: the few that explore would otherwise take as many steps
     again as all others.
     """
     if len(set(request.roles)) > 1 and _mixing(writer.network) is None:
@@ -116,7 +116,11 @@ def by_generate(writer: Writer, request: Request) -> list[Written]:
     written: list[Written] = []
     for start in range(0, len(request.prompts), writer.batch_size):
         rows = slice(start, start + writer.batch_size)
-        written += _generated(writer, replace(request, prompts=request.prompts[rows], roles=request.roles[rows]))
+        part = replace(request, prompts=request.prompts[rows], roles=request.roles[rows])
+        try:
+            written += _generated(writer, part)
+        except NotByRow:  # when the prompts are read, before anything is drawn
+            written += each_role_apart(by_generate, writer, part)
     return written
 
 

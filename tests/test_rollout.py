@@ -105,6 +105,18 @@ def test_where_a_batch_cannot_be_mixed_both_write_one_after_the_other(tiny_llama
     assert mixed not in (tuned, base)
 
 
+def test_a_model_that_flattens_its_batches_is_asked_for_one_role_at_a_time(tiny_llama_path, monkeypatch):
+    net = network(tiny_llama_path)
+    shake(net, 0.3)
+    write, asked = writer(net, tiny_llama_path), prompts(tiny_llama_path) * 2
+    explore = BehaviourPolicy(temperature=0.0, epsilon=0.5)
+    mixed = [e.completion_ids.tolist() for e in rollout(write, asked, explore, seed=3)]
+    mlp = type(net.model.get_base_model().model.layers[0].mlp)
+    plain = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: plain(self, x.flatten(0, 1)).view_as(x))
+    assert [e.completion_ids.tolist() for e in rollout(write, asked, explore, seed=3)] == mixed
+
+
 def test_rows_beyond_the_tokenizer_are_never_chosen(build_model):
     words = tiny_models.tokenizer()
     path = build_model("llama", vocab_rows=len(words) + 13, tied=False)
