@@ -195,6 +195,17 @@ def test_case_38_out_of_memory_again_ends_both_processes(two):
     assert [(end["saved_at"], end["step"]) for end in ends] == [(1, 3), (1, 3)]
 
 
+# --- sums ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_that_only_some_processes_have(two):
+    """Missing ones count as 0 where another process has them, and stay missing where none has."""
+    _, notes = two
+    for note in notes:
+        assert note["some_gradients"]["told"] == [2, 1]
+        assert note["some_gradients"]["gradients"] == [[3, 3, 3], [1, 1], [[0, 2], [1, 3]], None]
+
+
 # --- sharing the work -------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llm_dqn import reduction
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.lock import RunLock
 from tests.test_trainer import letters, trainer
@@ -27,7 +28,7 @@ def main(path: str, home: str) -> None:
     torch.set_num_threads(1)
     notes: dict[str, Any] = {}
     scenes = (whole_and_cut, nan_on_one, reward_fails_on_one, folder_in_use, more_processes, asked_by_main, examined)
-    scenes = (*scenes, memory_runs_out_on_one, memory_runs_out_for_good)
+    scenes = (*scenes, memory_runs_out_on_one, memory_runs_out_for_good, some_gradients)
     for scene in (*scenes, code_fails_on_one):
         started = time.monotonic()
         notes[scene.__name__] = scene(path, Path(home))
@@ -207,6 +208,22 @@ def memory_runs_out_for_good(path: str, home: Path) -> dict[str, Any]:
     again = trainer(path, home / "starved", **FEW, max_steps=3, save_steps=0, gradient_accumulation_steps=2)
     again.train(resume=True)
     return {"said": said, "saved_at": run.step, "step": again.step}
+
+
+def some_gradients(path: str, home: Path) -> dict[str, Any]:
+    """One that both have, one of another type, one that process 1 has alone, transposed, and one that nobody has."""
+    rank, bucket = dist.get_rank(), reduction.BUCKET
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2,), (2, 2), (1,))]
+    parameters[1] = torch.nn.Parameter(parameters[1].detach().bfloat16())
+    parameters[0].grad = torch.full((3,), rank + 1.0)
+    parameters[1].grad = torch.full((2,), 0.5, dtype=torch.bfloat16)
+    if rank == 1:
+        parameters[2].grad = torch.arange(4.0).view(2, 2).T
+    reduction.BUCKET = 32  # bytes: several messages
+    told = reduction.sum_gradients(parameters, torch.tensor([1.0, float(rank)]))
+    reduction.BUCKET = bucket
+    gradients = [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
+    return {"told": told.tolist(), "gradients": gradients}
 
 
 def code_fails_on_one(path: str, home: Path) -> dict[str, Any]:
