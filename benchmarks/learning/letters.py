@@ -41,7 +41,7 @@ RUDE = (
 )
 CLOSING = "yours sincerely"
 SENTENCES = (6, 8)
-LENGTH = 100  # tokens a completion may have
+LENGTH = 92  # tokens a completion may have: with the longest prompt it fits into the context
 POLITE_SHARE = 0.42  # of the judging sentences of an ordinary letter
 
 _WORDS = {word for text in (*NEUTRAL, *POLITE, *RUDE, CLOSING) for word in text.split()} - {"ITEM", "DAY", "FAULT"}
