@@ -33,7 +33,8 @@ def train(world: int, seed: int, steps: int | None, folder: Path) -> dict[str, A
     settings = [f"{key}={value // world}" for key, value in shares.items()]
     settings += [f"train.seed={seed}", f"train.output_dir={folder}", "train.final_beta_scales=[]"]
     if steps is not None:
-        settings += [f"train.max_steps={steps}", f"train.eval_steps={max(1, steps // 4)}"]
+        few = ["train.final_eval_prompts=8", "train.eval_prompts=8", "rollout.prompts_per_collect=16"]
+        settings += [f"train.max_steps={steps}", f"train.eval_steps={max(1, steps // 2)}", *few]
     launch = ["--num-processes", str(world)] if world > 1 else []
     command = [sys.executable, "-m", "llm_dqn", "train", "quickstart", *settings, *launch]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
