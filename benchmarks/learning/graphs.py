@@ -104,7 +104,7 @@ STAR = BaseRecipe(
     "star",
     {"arms": ARMS, "names": NAMES, "first": 0.4, "to_the_goal": 0.15, "unread": 3 * ARMS + 1},
     (*map(str, range(NAMES)), "|", ":"),
-    steps=1000,
+    steps=600,
 )
 
 
