@@ -161,7 +161,7 @@ TASKS = {
             Shipped(DATA / "tiny_lm"),
             lambda: _reward_model(DATA / "tiny_reward_model"),
             _reviews,
-            costs=2,
+            costs=4,
         ),
         Task(
             "paths",
