@@ -84,3 +84,13 @@ def conservative_loss(logsumexp_q: Tensor, q_taken: Tensor, mask: Tensor, count:
     CQL(H), Kumar et al. 2020, eq. 4, https://arxiv.org/abs/2006.04779.
     """
     return masked_mean(logsumexp_q - q_taken, mask, count)
+
+
+def sampled_kl(written: Tensor, now: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) estimate of KL(mu || pi) at each state from the one action that mu took: r - 1 - log r, r = pi / mu.
+
+    written, now: (B, T) log mu(a|s) and log pi(a|s). Never negative, and of little variance where the two are close:
+    Schulman 2020, http://joschu.net/blog/kl-approx.html (k3). 0 where masked.
+    """
+    ratio = torch.where(mask, now - written, 0.0)
+    return ratio.exp() - 1 - ratio

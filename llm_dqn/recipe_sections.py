@@ -262,6 +262,10 @@ class ReplaySection(Section):
     updates_per_collect: Annotated[Int, Field(ge=1)] = Field(
         default=16, description="Learner steps between collections; more = fewer reward calls a step, older data."
     )
+    target_kl: Annotated[Float, Field(gt=0)] | None = Field(
+        default=0.1,
+        description="Nats a token that the policy may move from the one that wrote last before it collects again.",
+    )
     max_age: Annotated[Int, Field(ge=0)] | None = Field(
         default=None,
         description="With collectors: episodes by a policy more learner steps old are refused; null = all are taken.",

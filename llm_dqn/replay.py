@@ -194,6 +194,14 @@ class PrefixReplay:
         ref_logprobs[mask] = flat["ref_logprobs"]
         return PrefixBatch(layout, *map(torch.from_numpy, (rewards, discounts, ref_logprobs, slots)))
 
+    def newest(self, count: int) -> tuple[PrefixBatch, Tensor]:
+        """The `count` episodes added last, and (B, T) log pi(a|s) of the policy as it was when they were written."""
+        slots = np.arange(max(self.added - count, self.added - len(self)), self.added) % self.capacity
+        batch, flat = self.batch(slots), self.store.flat(slots, ("behaviour_logprobs",))
+        behaviour = torch.zeros(batch.action_mask.shape)
+        behaviour[batch.action_mask] = torch.from_numpy(flat["behaviour_logprobs"])
+        return batch, behaviour
+
     def _final_discounts(self, ended: np.ndarray) -> np.ndarray:
         """0 where nothing follows the last action: the one place where truncation and termination are told apart."""
         goes_on = (ended == ENDED.index("length")) & (self.truncated == "bootstrap")

@@ -22,6 +22,7 @@ from llm_dqn.judging import Judges
 from llm_dqn.launch import check_launch
 from llm_dqn.learner import Learner
 from llm_dqn.logbook import Logbook
+from llm_dqn.losses import sampled_kl
 from llm_dqn.memory import learning_batch, writing_batch
 from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
@@ -35,6 +36,7 @@ from llm_dqn.types import Episode, PrefixBatch, TDTarget
 T = TypeVar("T")
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
+SHIFT_STEPS = 4  # learner steps between two looks at how far the policy has moved
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
 
@@ -89,6 +91,7 @@ class DQNTrainer(Intake):
         self.network, self.replay = parts.network, parts.replay
         self.step = 0
         self.collected_at = -1  # the step before which was collected last
+        self.collect_at = 0  # the step before which is collected next
         self.samples_drawn = 0  # minibatches, by this process
         self.scored_completions = 0  # by the rewards, over all processes; evaluation is counted apart
         self.logbook = Logbook(
@@ -154,7 +157,7 @@ class DQNTrainer(Intake):
         """The loop: collect, remember, sample, learn, sync, until done or asked to stop."""
         with self.stop as stop, self.logbook.panel(self.args.max_steps), self.saved_where_possible():
             while self.step < self.args.max_steps:
-                if self.step % self.args.updates_per_collect == 0 and self.collected_at < self.step:
+                if self.step >= self.collect_at:
                     if self.step > 0 and self.budget_left == 0 and self.args.max_scored_completions:
                         break
                     self.collect()
@@ -165,6 +168,8 @@ class DQNTrainer(Intake):
                 self.step += 1
                 if self.step % self.args.target_sync_steps == 0:
                     self.network.sync_target(self.args.target_tau)
+                if self.left_trust_region():
+                    self.collect_at = self.step
 
                 self.report(batches)
                 if self.stopping():
@@ -196,6 +201,7 @@ class DQNTrainer(Intake):
             rewards, count = self.parts.totals(self.replay.rewards.sum(), len(self.replay))
             self.network.start_values_at(float(rewards / count))
         self.collected_at = self.step
+        self.collect_at = self.step + self.args.updates_per_collect
 
     def write_and_score(self) -> tuple[int, list[Episode]]:
         """(how many completions were written, those that got a reward), on this process."""
@@ -256,11 +262,29 @@ class DQNTrainer(Intake):
 
     # --- small questions that the loop asks -------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def left_trust_region(self) -> bool:
+        """Whether the policy is more than `target_kl` nats a token from the one that wrote the newest completions.
+
+        Then those of now are worth more than another update on the same few. Not asked of runs whose completions
+        others write, by a policy that is older anyway, or that collect nothing.
+        """
+        args, since = self.args, self.step - self.collected_at
+        if args.target_kl is None or self.apart or args.max_scored_completions == 0 or since % SHIFT_STEPS:
+            return False
+        batch, behaviour = self.replay.newest(args.per_device_train_batch_size)
+        batch = batch.to(self.parts.accelerator.device)
+        logprobs = self.network.logprobs(batch.tokens, "online")
+        shift = sampled_kl(behaviour.to(logprobs.device), logprobs, batch.action_mask)
+        total, count = self.parts.totals(shift.sum(), batch.action_mask.sum())
+        self.logbook.add("train/behaviour_kl", float(total / count))
+        return bool(total > args.target_kl * count)
+
     def stopping(self) -> bool:
         """Whether any process was asked to stop: heard with each update, and again before a collection, a long one."""
         if self.processes.world == 1:
             return self.stop.requested is not None
-        if self.step % self.args.updates_per_collect == 0:
+        if self.step >= self.collect_at:
             return bool(self.parts.totals(self.stop.requested is not None) > 0)
         return self.learner.stopping
 

@@ -62,7 +62,7 @@ def episode(
         prompt_ids=torch.tensor(prompt_ids),
         completion_ids=torch.tensor(completion_ids),
         ref_logprobs=facts.pop("ref_logprobs", -torch.arange(1.0, length + 1)),
-        behaviour_logprobs=-torch.arange(1.0, length + 1) - 0.5,
+        behaviour_logprobs=facts.pop("behaviour_logprobs", -torch.arange(1.0, length + 1) - 0.5),
         reward=reward,
         ended=ended,  # type: ignore[arg-type]
         **facts,

@@ -67,3 +67,15 @@ def test_conservative_loss_is_zero_only_when_the_taken_token_holds_everything():
 def test_an_empty_mask_is_zero_and_not_a_nan():
     nothing = torch.zeros(1, 2, dtype=torch.bool)
     assert losses.td_loss(torch.ones(1, 2), torch.zeros(1, 2), nothing, 0).item() == 0.0
+
+
+def test_sampled_kl_is_the_divergence_on_average_and_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    written, now = (torch.randn(1, 6, generator=generator).log_softmax(-1) for _ in range(2))
+    actions = torch.multinomial(written.exp(), 200_000, replacement=True, generator=generator)
+    taken = [policy.expand(1, -1).gather(1, actions) for policy in (written, now)]
+    estimates = losses.sampled_kl(*taken, torch.ones_like(actions, dtype=torch.bool))
+    exact = (written.exp() * (written - now)).sum()
+    assert estimates.min() >= 0 and float(estimates.mean()) == pytest.approx(float(exact), rel=0.02)
+    masked = losses.sampled_kl(taken[0], taken[1], torch.zeros_like(actions, dtype=torch.bool))
+    assert masked.abs().sum() == 0

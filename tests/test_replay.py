@@ -109,3 +109,13 @@ def test_an_empty_buffer_can_be_saved():
     again = PrefixReplay(3)
     again.load_arrays(PrefixReplay(3).state_arrays())
     assert len(again) == 0
+
+
+def test_the_newest_episodes_come_with_what_their_writer_thought_of_them():
+    replay = PrefixReplay(3)
+    written = [episode([1], [2, 3], behaviour_logprobs=torch.tensor([-float(n), -0.5])) for n in range(5)]
+    replay.add(written)
+    batch, behaviour = replay.newest(2)
+    assert behaviour.tolist() == [[-3.0, -0.5], [-4.0, -0.5]]
+    assert batch.slots.tolist() == [0, 1]
+    assert len(replay.newest(10)[1]) == 3, "no more than there are"
