@@ -109,7 +109,7 @@ def run(tiny_llama_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme") / "run"
     rows = Dataset.from_list([{"prompt": f"the film {number}"} for number in range(10)])
     small = {"max_completion_length": 4, "prompts_per_collect": 4, "learning_starts": 4, "capacity": 32}
-    args = DQNConfig(output_dir=str(folder), max_steps=2, eval_steps=1, logging_steps=1, **small)
+    args = DQNConfig(output_dir=str(folder), max_steps=4, eval_steps=2, logging_steps=1, **small)
     trainer = DQNTrainer(tiny_llama_path, [long, spaces], args, rows, peft_config=lora())
     trainer.logbook.add("train/td_loss", float("nan"))
     trainer.train()
