@@ -220,7 +220,7 @@ class DQNSection(Section):
         description="adapter: a lagging copy of adapter and head; head: of the head only, the trunk drifts.",
     )
     target_sync_steps: Annotated[Int, Field(ge=1)] = Field(
-        default=32, description="Learner steps between target updates."
+        default=64, description="Learner steps between target updates."
     )
     target_tau: Annotated[Float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Share of the online network in a target update; 1 = copy."
@@ -232,7 +232,7 @@ class DQNSection(Section):
         default=0, description="Only the base model's k likeliest tokens are actions; 0 = the whole vocabulary."
     )
     advantage_weight: Annotated[Float, Field(ge=0)] = Field(
-        default=1.0,
+        default=30.0,
         description="Weight of the term that makes tokens of positive advantage likelier; 0 = TD loss alone.",
     )
     expectile: Annotated[Float, Field(ge=0.5, lt=1)] | None = Field(
@@ -260,10 +260,10 @@ class ReplaySection(Section):
         default=64, description="Episodes a process before the first update."
     )
     updates_per_collect: Annotated[Int, Field(ge=1)] = Field(
-        default=16, description="Learner steps between collections; more = fewer reward calls a step, older data."
+        default=32, description="Learner steps between collections; more = fewer reward calls a step, older data."
     )
     target_kl: Annotated[Float, Field(gt=0)] | None = Field(
-        default=0.1,
+        default=0.2,
         description="Nats a token that the policy may move from the one that wrote last before it collects again.",
     )
     max_age: Annotated[Int, Field(ge=0)] | None = Field(
@@ -289,7 +289,7 @@ class TrainSection(Section):
 
     output_dir: Text = Field(description="Folder of the run: recipe, metrics, adapter, checkpoints.")
     learning_rate: Annotated[Float, Field(ge=0)] | None = Field(
-        default=None, description="Peak rate of the policy; null = 5e-4 for LoRA, 2e-5 when all weights are tuned."
+        default=None, description="Peak rate of the policy; null = 5e-4 for LoRA, 1e-4 when all weights are tuned."
     )
     value_learning_rate: Annotated[Float, Field(ge=0)] = Field(
         default=1.0e-3, description="Peak rate of the Q and V heads."
