@@ -33,6 +33,9 @@ TEXTBOOK = [
     "dqn.target=head",
     "dqn.advantage_weight=0",
     "replay.success_share=0",
+    "replay.target_kl=null",
+    "replay.updates_per_collect=16",
+    "dqn.target_sync_steps=32",
     "rollout.explore=uniform",
     "rollout.temperature=0",
 ]
@@ -45,6 +48,7 @@ VARIANTS: dict[str, list[str]] = {
     "linear head, prior kept": ["dqn.q_head=linear"],
     "no advantage-weighted term": ["dqn.advantage_weight=0"],
     "uniform replay": ["replay.success_share=0"],
+    "no trust region": ["replay.target_kl=null"],
     "prioritised replay": ["replay.success_share=0", "replay.prioritized=true"],
     "target lags the head only": ["dqn.target=head"],
     "uniform exploration": ["rollout.explore=uniform"],

@@ -232,7 +232,7 @@ class DQNSection(Section):
         default=0, description="Only the base model's k likeliest tokens are actions; 0 = the whole vocabulary."
     )
     advantage_weight: Annotated[Float, Field(ge=0)] = Field(
-        default=30.0,
+        default=100.0,
         description="Weight of the term that makes tokens of positive advantage likelier; 0 = TD loss alone.",
     )
     expectile: Annotated[Float, Field(ge=0.5, lt=1)] | None = Field(

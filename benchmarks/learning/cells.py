@@ -30,6 +30,7 @@ DECISIVE = (
         "prioritized",
         "success_share",
         "success_odds",
+        "target_kl",
     ),
     *("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "lr_scheduler_type"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),

@@ -49,6 +49,9 @@ TEXTBOOK = {
     "target": "head",
     "advantage_weight": 0.0,
     "success_share": 0.0,
+    "target_kl": None,
+    "updates_per_collect": 16,
+    "target_sync_steps": 32,
     "explore": "uniform",
     "temperature": 0.0,
 }
