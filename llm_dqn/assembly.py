@@ -289,7 +289,7 @@ def sampling_rule(args: DQNConfig) -> SamplingRule:
         return replay.prioritized()
     if args.success_share == 0:
         return replay.uniform()
-    return replay.success_biased(args.success_share, args.success_odds)
+    return replay.success_biased(args.success_share, args.success_odds, args.success_half_life)
 
 
 def fill_from_log(memory: PrefixReplay, writer: Writer, logged: Sequence[data.LoggedRow]) -> None:

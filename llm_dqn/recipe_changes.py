@@ -36,6 +36,7 @@ NOTED = _names(
     reward.on_error reward.cache
     dqn.n_step dqn.lam dqn.corrected dqn.loss dqn.target_sync_steps dqn.target_tau dqn.advantage_weight dqn.cql_weight
     replay.learning_starts replay.updates_per_collect replay.prioritized replay.success_share replay.success_odds
+    replay.success_half_life
     replay.target_kl
     train.learning_rate train.value_learning_rate train.weight_decay train.max_grad_norm train.warmup_steps
     train.lr_scheduler_type train.per_device_train_batch_size train.gradient_accumulation_steps train.bf16

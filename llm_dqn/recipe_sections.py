@@ -279,6 +279,9 @@ class ReplaySection(Section):
         default=8.0,
         description="How many times likelier than another such an episode may be drawn: few lucky ones count less.",
     )
+    success_half_life: Annotated[Float, Field(gt=0)] | None = Field(
+        default=64.0, description="Learner steps after which such an episode is drawn half as often; null = never."
+    )
     warm_start: Text | None = Field(
         default=None, description="JSONL of prompt, completion, reward that fills the buffer before step 0."
     )

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +26,13 @@ def uniform() -> SamplingRule:
     return sample
 
 
-def success_biased(share: float, odds: float = math.inf) -> SamplingRule:
+def success_biased(share: float, odds: float = math.inf, half_life: float | None = None) -> SamplingRule:
     """`share` of a batch are episodes that scored above the buffer's mean reward: the rare good ones.
 
-    odds: how many times likelier than any other each of them may at most be drawn. While there are few, that lowers
+    odds: how many times likelier than any other each of them may be drawn, on average. While there are few, that lowers
     their share: one lucky episode seen over and over is learned by heart, mistakes included. Never below their share
-    of the buffer. Positive-bias sampling as in https://arxiv.org/abs/2604.08706; the limit is measured in
+    of the buffer. half_life: learner steps after which a success is drawn half as often; those of a better policy are
+    less a matter of luck. Positive-bias sampling as in https://arxiv.org/abs/2604.08706; both limits are measured in
     `benchmarks/LOG.md`. Uniform while all rewards are equal.
     """
 
@@ -42,7 +43,13 @@ def success_biased(share: float, odds: float = math.inf) -> SamplingRule:
         there = len(successes) / len(replay)
         limited = 1 / (1 + (1 - there) / (there * odds))
         count = int(size * max(there, min(share, limited)) + rng.random())  # rounded up or down at random: exact mean
-        return np.concatenate([rng.choice(successes, size=count), rng.choice(others, size=size - count)])
+        if half_life is None:
+            drawn = rng.choice(successes, size=count)
+        else:
+            running = replay.faded_successes(half_life)
+            places = np.searchsorted(running, rng.random(count) * running[-1], side="right")
+            drawn = successes[places.clip(max=len(successes) - 1)]  # rounding may reach the end
+        return np.concatenate([drawn, rng.choice(others, size=size - count)])
 
     return sample
 
@@ -91,6 +98,7 @@ class PrefixReplay:
         """What sampling rules derived from the content."""
         self._trees: dict[tuple[float, float], PriorityTree] = {}  # by alpha and half-life
         self._successes: tuple[np.ndarray, np.ndarray] | None = None
+        self._faded: dict[float, np.ndarray] = {}  # by half-life
 
     def __len__(self) -> int:
         return len(self.store)
@@ -127,6 +135,13 @@ class PrefixReplay:
             self._successes = np.flatnonzero(good), np.flatnonzero(~good)
         return self._successes
 
+    def faded_successes(self, half_life: float) -> np.ndarray:
+        """(k,) running sum of 2^-(age / half_life) over the successes; kept like them."""
+        if half_life not in self._faded:
+            versions = self.versions[self.successes()[0]]
+            self._faded[half_life] = np.exp2((versions - versions.max()) / half_life).cumsum()
+        return self._faded[half_life]
+
     def priority_tree(self, alpha: float, half_life: float) -> PriorityTree:
         """What `prioritized` draws from; kept up to date from its first use on."""
         tree = self._trees.get((alpha, half_life))
@@ -150,7 +165,7 @@ class PrefixReplay:
                 raise ValueError(f"an episode needs at least one action, got none after {episode.prompt!r}")
         if not episodes:
             return
-        self._successes = None
+        self._successes, self._faded = None, {}
         fresh, first = self.priorities.max() if len(self) else 1.0, self.added
         facts = {
             "lengths": [len(episode.prompt_ids) + len(episode.completion_ids) for episode in episodes],
@@ -194,13 +209,15 @@ class PrefixReplay:
         ref_logprobs[mask] = flat["ref_logprobs"]
         return PrefixBatch(layout, *map(torch.from_numpy, (rewards, discounts, ref_logprobs, slots)))
 
-    def newest(self, count: int) -> tuple[PrefixBatch, Tensor]:
-        """The `count` episodes added last, and (B, T) log pi(a|s) of the policy as it was when they were written."""
-        slots = np.arange(max(self.added - count, self.added - len(self)), self.added) % self.capacity
-        batch, flat = self.batch(slots), self.store.flat(slots, ("behaviour_logprobs",))
-        behaviour = torch.zeros(batch.action_mask.shape)
-        behaviour[batch.action_mask] = torch.from_numpy(flat["behaviour_logprobs"])
-        return batch, behaviour
+    def newest(self, count: int, rows: int) -> Iterator[tuple[PrefixBatch, Tensor]]:
+        """The `count` episodes added last, `rows` at a time, with (B, T) log pi(a|s) of the policy that wrote them."""
+        places = np.arange(max(self.added - count, self.added - len(self)), self.added)
+        for start in range(0, len(places), rows):
+            slots = places[start : start + rows] % self.capacity
+            batch, flat = self.batch(slots), self.store.flat(slots, ("behaviour_logprobs",))
+            behaviour = torch.zeros(batch.action_mask.shape)
+            behaviour[batch.action_mask] = torch.from_numpy(flat["behaviour_logprobs"])
+            yield batch, behaviour
 
     def _final_discounts(self, ended: np.ndarray) -> np.ndarray:
         """0 where nothing follows the last action: the one place where truncation and termination are told apart."""

@@ -36,7 +36,8 @@ from llm_dqn.types import Episode, PrefixBatch, TDTarget
 T = TypeVar("T")
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
-SHIFT_STEPS = 4  # learner steps between two looks at how far the policy has moved
+NEWEST = 64  # completions, at most and for each process, by which a shift of the policy is measured
+LOOK_STEPS = 4  # learner steps between two looks at it, while it is considerable
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
 
@@ -91,7 +92,7 @@ class DQNTrainer(Intake):
         self.network, self.replay = parts.network, parts.replay
         self.step = 0
         self.collected_at = -1  # the step before which was collected last
-        self.collect_at = 0  # the step before which is collected next
+        self.collect_at = self.look_at = 0  # the step before which is collected next, or after which is looked
         self.samples_drawn = 0  # minibatches, by this process
         self.scored_completions = 0  # by the rewards, over all processes; evaluation is counted apart
         self.logbook = Logbook(
@@ -201,7 +202,7 @@ class DQNTrainer(Intake):
             rewards, count = self.parts.totals(self.replay.rewards.sum(), len(self.replay))
             self.network.start_values_at(float(rewards / count))
         self.collected_at = self.step
-        self.collect_at = self.step + self.args.updates_per_collect
+        self.collect_at, self.look_at = self.step + self.args.updates_per_collect, self.step + LOOK_STEPS
 
     def write_and_score(self) -> tuple[int, list[Episode]]:
         """(how many completions were written, those that got a reward), on this process."""
@@ -269,16 +270,20 @@ class DQNTrainer(Intake):
         Then those of now are worth more than another update on the same few. Not asked of runs whose completions
         others write, by a policy that is older anyway, or that collect nothing.
         """
-        args, since = self.args, self.step - self.collected_at
-        if args.target_kl is None or self.apart or args.max_scored_completions == 0 or since % SHIFT_STEPS:
+        args, device = self.args, self.parts.accelerator.device
+        if args.target_kl is None or self.apart or args.max_scored_completions == 0 or self.step < self.look_at:
             return False
-        batch, behaviour = self.replay.newest(args.per_device_train_batch_size)
-        batch = batch.to(self.parts.accelerator.device)
-        logprobs = self.network.logprobs(batch.tokens, "online")
-        shift = sampled_kl(behaviour.to(logprobs.device), logprobs, batch.action_mask)
-        total, count = self.parts.totals(shift.sum(), batch.action_mask.sum())
-        self.logbook.add("train/behaviour_kl", float(total / count))
-        return bool(total > args.target_kl * count)
+        sums = torch.zeros(2)
+        for batch, behaviour in self.replay.newest(NEWEST, args.per_device_train_batch_size):
+            logprobs = self.network.logprobs(batch.tokens.to(device), "online").cpu()
+            mask = batch.action_mask
+            sums += torch.stack([sampled_kl(behaviour, logprobs, mask).sum(), mask.sum()])
+        total, count = self.parts.totals(*sums)
+        shift = float(total / count)
+        self.logbook.add("train/behaviour_kl", shift)
+        since = self.step - self.collected_at
+        self.look_at = self.step + (LOOK_STEPS if shift > args.target_kl / 4 else since)  # later where little moves
+        return shift > args.target_kl
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop: heard with each update, and again before a collection, a long one."""

@@ -31,6 +31,7 @@ class Checkpointed:
     step: int
     collected_at: int  # the step before which was collected last
     collect_at: int  # the step before which is collected next
+    look_at: int  # the step after which is looked next whether the policy left its trust region
     samples_drawn: int  # minibatches, by this process
     scored_completions: int  # by the rewards, over all processes; evaluation is counted apart
 
@@ -49,6 +50,7 @@ class Checkpointed:
             "step": self.step,
             "collected_at": self.collected_at,
             "collect_at": self.collect_at,
+            "look_at": self.look_at,
             "nonfinite_steps": self.nonfinite.total,
             "recipe": self.settings,
             "scored_completions": self.scored_completions,
@@ -85,7 +87,8 @@ class Checkpointed:
         then = checkpoint.restore_replay(self.replay, tensors, self.processes.rank, self.processes.world)
         if then != self.processes.world:
             self.logbook.say(DEALT.format(then=then, now=self.processes.world))
-        self.step, self.collected_at, self.collect_at = state["step"], state["collected_at"], state["collect_at"]
+        self.step, self.collected_at = state["step"], state["collected_at"]
+        self.collect_at, self.look_at = state["collect_at"], state["look_at"]
         self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
         self.nonfinite.total = state["nonfinite_steps"]
         if self.shared is not None and state.get("shared"):

@@ -82,6 +82,17 @@ def test_a_single_success_is_drawn_so_many_times_as_often_as_a_failure():
     assert times[19] / times[:19].mean() == pytest.approx(8.0, rel=0.05)
 
 
+def test_an_older_success_is_drawn_less_often():
+    replay = PrefixReplay(8)
+    replay.add([episode([1], [2], 0.0)] * 2 + [episode([1], [2], 1.0, policy_version=step) for step in (0, 64, 128)])
+    slots = success_biased(0.5, half_life=64.0)(replay, 20_000, np.random.default_rng(0))
+    shares = np.bincount(slots, minlength=5) / 20_000
+    assert shares[:2].sum() == pytest.approx(0.4, abs=0.001), "three of five are there"
+    assert shares[4] / shares[3] == pytest.approx(2, rel=0.06) and shares[3] / shares[2] == pytest.approx(2, rel=0.06)
+    replay.add([episode([1], [2], 1.0, policy_version=5000)])  # the others are forgotten in time, not lost
+    assert set(success_biased(0.5, half_life=1.0)(replay, 99, np.random.default_rng(0))) == {0, 1, 5}
+
+
 def test_prioritized_sampling_prefers_large_and_recent_errors():
     replay = PrefixReplay(4)
     replay.add([episode([1], [2], 0.0, policy_version=version) for version in (0, 0, 1000)])
@@ -115,7 +126,7 @@ def test_the_newest_episodes_come_with_what_their_writer_thought_of_them():
     replay = PrefixReplay(3)
     written = [episode([1], [2, 3], behaviour_logprobs=torch.tensor([-float(n), -0.5])) for n in range(5)]
     replay.add(written)
-    batch, behaviour = replay.newest(2)
+    [(batch, behaviour)] = replay.newest(2, rows=2)
     assert behaviour.tolist() == [[-3.0, -0.5], [-4.0, -0.5]]
     assert batch.slots.tolist() == [0, 1]
-    assert len(replay.newest(10)[1]) == 3, "no more than there are"
+    assert [batch.slots.tolist() for batch, _ in replay.newest(10, rows=2)] == [[2, 0], [1]], "no more than there are"
