@@ -15,7 +15,7 @@ from tests.test_trainer import trainer
 
 def main(path: str, folder: str) -> None:
     torch.set_num_threads(1)
-    run = trainer(path, Path(folder) / "run", max_grad_norm=1e9, temperature=1.0)
+    run = trainer(path, Path(folder) / "run", max_grad_norm=1e9, temperature=1.0, advantage_weight=1.0)
     rank, world = run.parts.accelerator.process_index, run.parts.accelerator.num_processes
     prompts = run.parts.stream.prompts[:8]  # the same on every process
     episodes = run.score(rollout(run.parts.writer, prompts, sampled(), seed=5))

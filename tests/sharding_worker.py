@@ -35,7 +35,7 @@ def largest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> flo
 
 def main(path: str, folder: str) -> None:
     torch.set_num_threads(1)
-    run = trainer(path, Path(folder) / "run", max_grad_norm=1e9, temperature=1.0)
+    run = trainer(path, Path(folder) / "run", max_grad_norm=1e9, temperature=1.0, advantage_weight=1.0)
     network, rank = run.network, run.parts.accelerator.process_index
     episodes = run.score(rollout(run.parts.writer, run.parts.stream.prompts[:8], sampled(), seed=5))
     shake(network, 0.05)

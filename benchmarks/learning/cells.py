@@ -30,6 +30,7 @@ DECISIVE = (
         "prioritized",
         "success_share",
         "success_odds",
+        "success_half_life",
         "target_kl",
     ),
     *("learning_rate", "value_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "lr_scheduler_type"),

@@ -102,6 +102,7 @@ def train(
             **({} if budget else {"updates_per_collect": 25}),  # how often it is looked at
             "eval_steps": 0,
             "save_steps": 0,
+            "cache": False,  # all methods pay for every completion, repeated ones too
             "seed": seed,
             **chosen,
         }
