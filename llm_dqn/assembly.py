@@ -30,7 +30,7 @@ LossRule = Callable[[QOutput, Tensor, Tensor, Tensor], Tensor]  # (online output
 
 ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
 # LoRA's factors start at zero and bear rates that wreck whole weights.
-LEARNING_RATE, FULL_LEARNING_RATE = 5e-4, 1e-4
+LEARNING_RATE, FULL_LEARNING_RATE = 2.5e-4, 1e-4
 FROM_PYTHON = "given from Python"  # the data of a run whose prompts and rewards are objects of a script
 HELD_OUT = 64  # prompts kept from training when no evaluation prompts are given
 

@@ -292,7 +292,7 @@ class TrainSection(Section):
 
     output_dir: Text = Field(description="Folder of the run: recipe, metrics, adapter, checkpoints.")
     learning_rate: Annotated[Float, Field(ge=0)] | None = Field(
-        default=None, description="Peak rate of the policy; null = 5e-4 for LoRA, 1e-4 when all weights are tuned."
+        default=None, description="Peak rate of the policy; null = 2.5e-4 for LoRA, 1e-4 when all weights are tuned."
     )
     value_learning_rate: Annotated[Float, Field(ge=0)] = Field(
         default=1.0e-3, description="Peak rate of the Q and V heads."
