@@ -48,6 +48,7 @@ def work(output: Path, steps: int, collect: int) -> None:
         f"train.max_steps={steps}",
         "train.eval_steps=0",
         "train.save_steps=0",
+        "replay.target_kl=null",  # collections at fixed steps: the same work for both
         f"rollout.prompts_per_collect={collect}",
         f"replay.updates_per_collect={collect * LEARNED // BATCH}",
     ]
