@@ -210,10 +210,14 @@ class PrefixReplay:
         return PrefixBatch(layout, *map(torch.from_numpy, (rewards, discounts, ref_logprobs, slots)))
 
     def newest(self, count: int, rows: int) -> Iterator[tuple[PrefixBatch, Tensor]]:
-        """The `count` episodes added last, `rows` at a time, with (B, T) log pi(a|s) of the policy that wrote them."""
-        places = np.arange(max(self.added - count, self.added - len(self)), self.added)
-        for start in range(0, len(places), rows):
-            slots = places[start : start + rows] % self.capacity
+        """Up to `count` episodes by the newest policy, `rows` at a time, with (B, T) its log pi(a|s) as it wrote them.
+
+        They are among the `count` added last.
+        """
+        latest = np.arange(max(self.added - count, self.added - len(self)), self.added) % self.capacity
+        latest = latest[self.versions[latest] == self.versions[latest[-1]]]
+        for start in range(0, len(latest), rows):
+            slots = latest[start : start + rows]
             batch, flat = self.batch(slots), self.store.flat(slots, ("behaviour_logprobs",))
             behaviour = torch.zeros(batch.action_mask.shape)
             behaviour[batch.action_mask] = torch.from_numpy(flat["behaviour_logprobs"])

@@ -274,10 +274,11 @@ class DQNTrainer(Intake):
         if args.target_kl is None or self.apart or args.max_scored_completions == 0 or self.step < self.look_at:
             return False
         sums = torch.zeros(2)
-        for batch, behaviour in self.replay.newest(NEWEST, args.per_device_train_batch_size):
-            logprobs = self.network.logprobs(batch.tokens.to(device), "online").cpu()
-            mask = batch.action_mask
-            sums += torch.stack([sampled_kl(behaviour, logprobs, mask).sum(), mask.sum()])
+        with whole(self.network):  # processes may have a different number of batches
+            for batch, behaviour in self.replay.newest(NEWEST, args.per_device_train_batch_size):
+                logprobs = self.network.logprobs(batch.tokens.to(device), "online").cpu()
+                mask = batch.action_mask
+                sums += torch.stack([sampled_kl(behaviour, logprobs, mask).sum(), mask.sum()])
         total, count = self.parts.totals(*sums)
         shift = float(total / count)
         self.logbook.add("train/behaviour_kl", shift)

@@ -130,3 +130,5 @@ def test_the_newest_episodes_come_with_what_their_writer_thought_of_them():
     assert behaviour.tolist() == [[-3.0, -0.5], [-4.0, -0.5]]
     assert batch.slots.tolist() == [0, 1]
     assert [batch.slots.tolist() for batch, _ in replay.newest(10, rows=2)] == [[2, 0], [1]], "no more than there are"
+    replay.add([episode([1], [2, 3], policy_version=4)])
+    assert [batch.slots.tolist() for batch, _ in replay.newest(10, rows=2)] == [[2]], "none by an older policy"
