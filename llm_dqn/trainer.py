@@ -31,7 +31,7 @@ from llm_dqn.recipe import DQNConfig, Recipe
 from llm_dqn.rollout import Writer, rollout, verify_generator
 from llm_dqn.sharding import adapters_whole, whole
 from llm_dqn.signals import StopRequest
-from llm_dqn.types import Episode, PrefixBatch, TDTarget
+from llm_dqn.types import Episode, PrefixBatch, TDTarget, joined
 
 T = TypeVar("T")
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
@@ -243,12 +243,15 @@ class DQNTrainer(Intake):
         return TDTarget(returns, (returns - q.values) * batch.action_mask, q.taken)
 
     def learn_from(self, batches: Sequence[PrefixBatch]) -> None:
-        """What Q should have been by the target network, and one step towards that; in halves when memory runs out."""
+        """What Q should have been by the target network, and one step towards that; in halves when memory runs out.
+
+        Several batches are dealt anew by length: each episode's share of the loss is the same in any of them.
+        """
 
         def attempt(rows: int) -> None:
             torch.manual_seed(self.seed_for(DROPOUT, self.step))
             self.parts.optimizer.zero_grad()  # of an attempt that ran out of memory
-            self.update([part for batch in batches for part in batch.split(rows)])
+            self.update(joined(batches).split(rows))
 
         drawn = self.samples_drawn - len(batches)
         try:

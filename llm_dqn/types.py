@@ -4,10 +4,13 @@ A state is a prompt plus the completion tokens written so far, an action is the 
 with a prompt of P tokens is token `P + t`, chosen in the state whose last token is `P + t - 1`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Message = dict[str, Any]
 
@@ -98,6 +101,23 @@ class PrefixBatch:
         )
         rewards, discounts = self.rewards[chosen, :actions], self.discounts[chosen, :actions]
         return PrefixBatch(tokens, rewards, discounts, self.ref_logprobs[chosen, :actions], self.slots[chosen])
+
+
+def joined(batches: Sequence[PrefixBatch]) -> PrefixBatch:
+    """The episodes of several batches as one, padded to the longest; a single batch as it is."""
+    if len(batches) == 1:
+        return batches[0]
+    tokens = TokenBatch(*map(_stacked, zip(*(vars(batch.tokens).values() for batch in batches), strict=True)))
+    others = [list(vars(batch).values())[1:] for batch in batches]  # all but the tokens
+    return PrefixBatch(tokens, *map(_stacked, zip(*others, strict=True)))
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """(n, ...) rows of all parts, those of matrices padded with zeros on the right."""
+    if parts[0].ndim == 1:
+        return torch.cat(list(parts))
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_dqn import targets, vocabulary
+from llm_dqn import DQNConfig, DQNTrainer, targets, vocabulary
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.vocabulary import OutputRows
 from tests.networks import episode, lora, network, shake
@@ -174,3 +174,30 @@ def test_parts_of_a_batch_are_padded_to_their_own_longest_and_add_up_to_its_grad
     assert batch.split(3) == [batch]
     for one, other in zip(gradients(parts), gradients([batch]), strict=True):
         assert one is other is None or torch.allclose(one, other, atol=1e-5)
+
+
+def test_accumulated_batches_are_dealt_by_length_and_teach_the_same(tiny_llama_path, tmp_path):
+    rates = {"learning_rate": 0.0, "value_learning_rate": 0.0}  # two steps from the same weights
+    args = DQNConfig(output_dir=str(tmp_path), prioritized=True, success_share=0.0, max_completion_length=8, **rates)
+    run = DQNTrainer(tiny_llama_path, lambda **_: [], args, [{"prompt": "a"}], peft_config=lora())
+    lengths = (8, 1, 2, 7)  # of completions, after prompts of one token
+    run.replay.add([episode([5], list(range(6, 6 + n)), reward=n / 4) for n in lengths])
+    batches = [run.replay.batch(np.array(slots)) for slots in ([0, 1], [2, 3])]
+    shake(run.network, 0.1)
+    run.learning.size = 2
+    seen, gradients, priorities = [], [], []
+
+    def note(*_):
+        gradients.append([None if w.grad is None else w.grad.clone() for w in run.parts.trainable])
+
+    run.parts.optimizer.optimizer.register_step_pre_hook(note)
+    update = run.learner.update
+    run.learner.update = lambda step, parts, rule: (seen.append(parts), update(step, parts, rule))
+    for learn in (run.update, run.learn_from):
+        learn(batches)
+        priorities.append(run.replay.priorities.copy())
+    assert [[part.slots.tolist() for part in parts] for parts in seen] == [[[0, 1], [2, 3]], [[1, 2], [3, 0]]]
+    assert [[part.tokens.input_ids.shape[1] for part in parts] for parts in seen] == [[9, 8], [3, 9]]
+    for one, other in zip(*gradients, strict=True):
+        assert one is other is None or torch.allclose(one, other, atol=1e-5)
+    assert np.allclose(*priorities, atol=1e-6) and len(set(priorities[0].round(4))) == 4
