@@ -186,7 +186,7 @@ def test_every_tuned_method_has_the_same_number_of_configurations():
             assert len(method.grid) in (1, 12), name
             for settings in method.grid:
                 if method.kind == "dqn":
-                    given = for_task(settings, TASKS["reviews"])
+                    given = for_task(settings, TASKS["reviews"], method.kind)
                     cells.DQNConfig(output_dir="-", **{key: given[key] for key in given.keys() - dqn.OWN})
 
 

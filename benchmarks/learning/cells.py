@@ -88,7 +88,8 @@ def logged_rows(task: Task) -> list[Row]:
 def run(cell: Cell) -> dict[str, Any]:
     """Runs the cell: its facts, and the points of its course."""
     task, regime = TASKS[cell.task], REGIMES[cell.regime]
-    kind, settings = regime.methods[cell.method].kind, for_task(cell.settings, task)
+    kind = regime.methods[cell.method].kind
+    settings = for_task(cell.settings, task, kind)
     rows = task.tuning if cell.part == "tuning" else task.test
     logged = logged_rows(task) if regime.logged else []
     started = time.time()

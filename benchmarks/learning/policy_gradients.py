@@ -99,7 +99,7 @@ def train(
 def _tuned_on(logged: Sequence[Row], task: Task, course: Course, updates: int, seed: int, folder: Path) -> str:
     """A folder with the base model after so many updates on the successes of a log, at the rate that suits those."""
     course.look(0, 0, lambda: course.base)
-    tuner = Tuner(task, course, FIRST_RATE * (LORA_FACTOR if task.tuned == "lora" else 1), seed)
+    tuner = Tuner(task, course, FIRST_RATE * (LORA_FACTOR["sft"] if task.tuned == "lora" else 1), seed)
     kept = successes(tuner, logged)
     for _ in range(updates):
         tuner.step(kept, FIRST_BATCH)
