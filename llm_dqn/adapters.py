@@ -6,6 +6,7 @@ a target network costs megabytes. Without LoRA they are copies. This is the only
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from llm_dqn import models
 
 Role = Literal["online", "target", "reference"]
 
@@ -29,6 +34,10 @@ class Roles(Protocol):
     """What the Q-network needs of the models behind it."""
 
     model: nn.Module  # everything trainable, as one module
+
+    @property
+    def trunk_is_frozen(self) -> bool:
+        """Whether the transformer under the output layer is the same in every role, for good."""
 
     def acting_as(self, role: Role) -> Any:
         """Context that yields the plain Hugging Face model of `role`."""
@@ -62,9 +71,15 @@ def lora_config(r: int, lora_alpha: int, lora_dropout: float, target_modules: st
 def targets_head(config: LoraConfig | str | None, head_name: str) -> bool:
     """Whether a new adapter would also sit on the output layer, which a tied model must untie for first."""
     modules = config.target_modules if isinstance(config, LoraConfig) else None
-    if modules is None or isinstance(modules, str):
-        return False  # "all-linear" leaves the output layer out
-    return any(head_name == name or head_name.endswith("." + name) for name in modules)
+    if isinstance(modules, str):  # "all-linear" leaves the output layer out; anything else is an expression to PEFT
+        return modules.lower() != "all-linear" and re.fullmatch(modules, head_name) is not None
+    return modules is not None and any(head_name == name or head_name.endswith("." + name) for name in modules)
+
+
+def targets_nothing(config: LoraConfig | str | None) -> bool:
+    """Whether an empty list of modules says that nothing of the model is to be tuned."""
+    modules = config.target_modules if isinstance(config, LoraConfig) else None
+    return modules is not None and len(modules) == 0
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -133,6 +148,13 @@ class AdapterRoles:
                 self._activate("default")
         else:
             yield plain
+
+    @property
+    def trunk_is_frozen(self) -> bool:
+        """Whether adapters sit on the output layer alone, and nothing else is trained either."""
+        trunk = models.trunk(self.plain("online"))
+        adapted = any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in trunk.modules())
+        return not adapted and not any(parameter.requires_grad for parameter in trunk.parameters())
 
     @property
     def mixes_rows(self) -> bool:
@@ -214,18 +236,26 @@ class AdapterRoles:
 class CopyRoles:
     """Full fine-tuning: the reference, and the target when asked for, are copies of the model.
 
-    tuned: weights that were trained before; `model` is then the reference only.
+    tuned: weights that were trained before; `model` is then the reference only. frozen: one model plays every role,
+    and none of its weights is tuned, only a head beside it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, target: Literal["adapter", "head"], tuned: PreTrainedModel | None = None
+        self,
+        model: PreTrainedModel,
+        target: Literal["adapter", "head"],
+        tuned: PreTrainedModel | None = None,
+        frozen: bool = False,
     ) -> None:
         disable_dropout(model)
+        self.trunk_is_frozen = frozen
+        self.model: PreTrainedModel = model if tuned is None else tuned
+        if frozen:
+            self._reference, self._target = model.requires_grad_(False).eval(), None
+            return
         self._reference = (copy.deepcopy(model) if tuned is None else model).requires_grad_(False).eval()
-        model = model if tuned is None else tuned
-        self.model: PreTrainedModel = model
-        self._target = copy.deepcopy(model).requires_grad_(False).eval() if target == "adapter" else None
-        model.requires_grad_(True)
+        self._target = copy.deepcopy(self.model).requires_grad_(False).eval() if target == "adapter" else None
+        self.model.requires_grad_(True)
 
     @contextmanager
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
@@ -246,8 +276,8 @@ class CopyRoles:
                 old.lerp_(new, tau) if tau < 1 else old.copy_(new)
 
     def state(self) -> dict[str, Tensor]:
-        """Online and target weights, keys prefixed by their role; tied weights once."""
-        parts = {"online": self.model, "target": self._target}
+        """Online and target weights, keys prefixed by their role; tied weights once, frozen ones never."""
+        parts = {} if self.trunk_is_frozen else {"online": self.model, "target": self._target}
         return {
             f"{role}.{name}": value.detach()
             for role, model in parts.items()
@@ -259,7 +289,7 @@ class CopyRoles:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts the weights back."""
         for role, model in {"online": self.model, "target": self._target}.items():
-            if model is not None:
+            if model is not None and not self.trunk_is_frozen:
                 for name, parameter in model.named_parameters():
                     parameter.copy_(state[f"{role}.{name}"])
 

@@ -177,6 +177,8 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         share_from_first(network.checkpoint_state().values())
     if args.sharding == "fsdp2":
         shard_over(network, accelerator.device, accelerator.num_processes)
+    elif args.hidden_cache_gb > 0:
+        network.keep_hidden_states(int(args.hidden_cache_gb * 1e9))
     optimizer = optimizer_for(network, args)
     optimizer = accelerator.prepare(optimizer)  # the network stays as it is: `reduction` sums its gradients
     writer = writer_for(args, inputs, network)

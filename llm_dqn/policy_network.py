@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_dqn import models, vocabulary
-from llm_dqn.adapters import AdapterRoles, CopyRoles, LoraConfig, Role, targets_head
+from llm_dqn.adapters import AdapterRoles, CopyRoles, LoraConfig, Role, targets_head, targets_nothing
 from llm_dqn.errors import UserError
 from llm_dqn.heads import ActingHead, LinearQHead, ValueHead, chunk_for, reduce_states, taken_logprobs
+from llm_dqn.hidden_cache import HiddenCache
 from llm_dqn.states import action_states, spread
 from llm_dqn.types import TokenBatch
 from llm_dqn.vocabulary import OutputRows
@@ -64,7 +65,18 @@ class PolicyNetwork(nn.Module):
                 f"dqn.q_head: linear adds Q / beta to the logits, and {type(model).__name__} changes its logits "
                 "afterwards (softcap, scale or bias); use q_head: lm"
             )
-        if q_head == "linear" or targets_head(lora, self.head_name):
+        head_adapted, frozen = targets_head(lora, self.head_name), targets_nothing(lora)
+        if q_head == "linear" and head_adapted:
+            raise UserError(
+                f"lora.target_modules: dqn.q_head: linear is saved in place of '{self.head_name}', so that an adapter "
+                "there would be lost; take it out of the list ([] tunes the linear head alone), or use q_head: lm"
+            )
+        if q_head == "lm" and frozen:
+            raise UserError(
+                "lora.target_modules: [] tunes nothing of the language model, and dqn.q_head: lm has no other head to "
+                f"act by; use q_head: linear, or name modules, such as [{self.head_name}]"
+            )
+        if q_head == "linear" or head_adapted:
             models.untie_head(model)
         hidden_size = models.lm_head(model).in_features
         heads: dict[str, nn.Module] = {}
@@ -74,8 +86,11 @@ class PolicyNetwork(nn.Module):
             heads["value"] = ValueHead(hidden_size)
         self.heads = nn.ModuleDict(heads)
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
-        self.roles = CopyRoles(model, target, tuned) if lora is None else AdapterRoles(model, lora, target)
+        self.roles = (
+            CopyRoles(model, target, tuned, frozen) if lora is None or frozen else AdapterRoles(model, lora, target)
+        )
         self.model = self.roles.model
+        self.hidden_cache: HiddenCache | None = None
         self.to(next(model.parameters()).device)
 
     @property
@@ -103,11 +118,26 @@ class PolicyNetwork(nn.Module):
         """(B, L, H) of the trunk in the given role."""
         # Only the pass that learns may drop units or checkpoint activations; it keeps the mode through its backward.
         self.model.train(role == "online" and torch.is_grad_enabled())
+        if self.hidden_cache is not None:
+            return self.hidden_cache.hidden(tokens, self._frozen_states)
         with self.roles.acting_as(role) as plain, self._precision():
             trunk = models.trunk(plain)
             return trunk(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False
             ).last_hidden_state
+
+    @torch.no_grad()
+    def _frozen_states(self, ids: Tensor) -> Tensor:
+        """(B, n) unpadded ids -> (B, n, H) of a trunk that is the same in every role."""
+        trunk = models.trunk(self.roles.plain("reference")).eval()
+        with self._precision():
+            return trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+
+    def keep_hidden_states(self, limit: int) -> bool:
+        """Keeps episodes' hidden states from now on, in `limit` bytes; False, and nothing changes, on a tuned trunk."""
+        if self.roles.trunk_is_frozen:
+            self.hidden_cache = HiddenCache(limit)
+        return self.hidden_cache is not None
 
     def _lm_logits(self, hidden: Tensor, role: Role) -> Tensor:
         """(N, H) -> (N, V) float32: what the LM of that role says of every token that may be chosen."""
@@ -141,7 +171,7 @@ class PolicyNetwork(nn.Module):
         All roles take one path, with or without gradient: where no reward is, their rounding errors must cancel.
         """
         head = models.lm_head(self.roles.plain(role))
-        if not self.has_adapter or type(head) is not nn.Linear:
+        if not (self.has_adapter or self.roles.trunk_is_frozen) or type(head) is not nn.Linear:
             return None
         return OutputRows(
             weight=head.weight[: self.num_tokens],

@@ -40,7 +40,7 @@ NOTED = _names(
     replay.target_kl
     train.learning_rate train.value_learning_rate train.weight_decay train.max_grad_norm train.warmup_steps
     train.lr_scheduler_type train.per_device_train_batch_size train.gradient_accumulation_steps train.bf16
-    train.gradient_checkpointing train.sharding
+    train.gradient_checkpointing train.sharding train.hidden_cache_gb
     """
 )
 # What was saved means something else, or nothing, under another value of these.

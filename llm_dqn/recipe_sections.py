@@ -57,7 +57,8 @@ class LoraSection(Section):
         description="Dropout in the adapter while learning; above 0 the policy that wrote differs from the learner.",
     )
     target_modules: Text | list[Text] = Field(
-        default="all-linear", description="all-linear, or a list of module names that get an adapter."
+        default="all-linear",
+        description="all-linear, or names of modules that get an adapter; [] = none: a linear Q-head alone is tuned.",
     )
 
 
@@ -328,6 +329,10 @@ class TrainSection(Section):
         default="none", description="fsdp2: while learning, each process holds a share of every layer. Needs LoRA."
     )
     gradient_checkpointing: StrictBool = Field(default=False, description="Recompute activations: less memory, slower.")
+    hidden_cache_gb: Annotated[Float, Field(ge=0)] = Field(
+        default=1.0,
+        description="Main memory for hidden states of episodes where the output layer alone is tuned, in GB; 0 = none.",
+    )
     logging_steps: Annotated[Int, Field(ge=1)] = Field(
         default=10, description="Learner steps between lines of metrics."
     )

@@ -318,6 +318,9 @@ class DQNTrainer(Intake):
         found = self.logbook.open(resume, accept, replay_repair)
         if found is not None:
             self.load_state(*found)
+        if self.network.hidden_cache is not None:
+            room = f"{self.args.hidden_cache_gb:g} GB (train.hidden_cache_gb)"
+            self.logbook.say(f"nothing in the trunk is trained: hidden states are kept, in up to {room}")
         with whole(self.network):
             verify_generator(self.parts.writer, self.parts.eval_prompts)
 
@@ -350,6 +353,8 @@ class DQNTrainer(Intake):
             facts = {"rollout/epsilon": self.epsilon, "replay/episodes": len(self.replay), "train/kl": float(kl)}
             facts["train/nonfinite_steps"] = self.nonfinite.total
             facts["reward/cached"] = self.parts.rewards.cached_share()
+            if self.network.hidden_cache is not None:
+                facts["train/hidden_cached"] = self.network.hidden_cache.hit_share()
             if self.shared is not None:
                 facts["replay/refused"] = self.shared.refused
             line = self.logbook.write(self.step, self.scored_completions, facts)

@@ -238,27 +238,30 @@ class _LinearTaken(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_taken: Tensor, grad_normalizer: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor, None, None, None, None, None]:
         hidden, weight, actions, chosen, highest, total = ctx.saved_tensors
         states = hidden.float()
-        by_hidden = grad_taken.unsqueeze(-1) * weight[actions]
+        by_hidden = grad_taken.unsqueeze(-1) * weight[actions] if ctx.needs_input_grad[0] else None
         by_weight = torch.empty_like(weight) if len(chosen) else torch.zeros_like(weight)
         shares = grad_normalizer.unsqueeze(1) / total
         pieces = zip(_parts(chosen), _parts(highest), _parts(shares), ctx.kept, strict=True)
         for number, (places, top, share, kept) in enumerate(pieces):
             part = states[places]
             tiles = _Tiles(part, ctx.rows, weight, ctx.scale)
-            pull = torch.zeros_like(part)
+            pull = None if by_hidden is None else torch.zeros_like(part)
             for tile in tiles if len(places) else ():
                 if kept:
-                    (probs, so_far), rows = kept.pop(0), tiles.together(tile)
+                    probs, so_far = kept.pop(0)
                     probs.mul_((so_far - top).exp_().mul_(share))
+                    rows = None
                 else:
                     logits, rows, _ = tiles.at(part, tile)
                     probs = logits.sub_(top).exp_().mul_(share)
-                pull.addmm_(probs, rows)
+                if pull is not None:
+                    pull.addmm_(probs, tiles.together(tile) if rows is None else rows)
                 out = by_weight[tile]
                 torch.addmm(out, probs.T, part, beta=min(number, 1), alpha=ctx.scale, out=out)
-            by_hidden.index_add_(0, places, pull)
+            if by_hidden is not None:
+                by_hidden.index_add_(0, places, pull)
         by_weight.index_add_(0, actions, grad_taken.unsqueeze(-1) * states)
-        return by_hidden.to(hidden.dtype), by_weight, None, None, None, None, None
+        return None if by_hidden is None else by_hidden.to(hidden.dtype), by_weight, None, None, None, None, None
