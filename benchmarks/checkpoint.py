@@ -9,7 +9,6 @@ the table in `benchmarks/README.md`.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -21,14 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.tables import write_table
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from llm_dqn import checkpoint
 from llm_dqn.replay import PrefixReplay, SamplingRule, prioritized, success_biased, uniform
 from llm_dqn.saver import Saver
 from llm_dqn.types import Episode
 
-RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 PROMPT, COMPLETION, FRESH, BATCH = 32, 224, 512, 32
 WEIGHTS = 2_200_000  # LoRA of rank 16 on a model of half a billion parameters
 RULES: dict[str, SamplingRule] = {
@@ -169,9 +167,7 @@ def main() -> None:
         }
     finally:
         shutil.rmtree(folder)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("checkpoint", table(results))
-    print(table(results))
+    publish("checkpoint", results, table(results))
 
 
 def table(results: dict[str, Any]) -> str:

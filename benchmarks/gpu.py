@@ -10,17 +10,15 @@ wall-clock seconds; memory is what PyTorch had allocated at most above what it h
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.tables import write_table
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from benchmarks.update import BASELINE, OURS, PEERS, batch, model, ours, variant
 from llm_dqn.adapters import lora_config
@@ -31,7 +29,6 @@ from llm_dqn.rollout import Writer, rollout
 from llm_dqn.shipped import shipped_root
 from llm_dqn.types import Prompt
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PRECISIONS = {"float32": False, "bf16 trunk": True}
 
 
@@ -136,9 +133,7 @@ def main() -> None:
     results = {"card": torch.cuda.get_device_name(device), "measured": measure(sizes, device)}
     results |= {"command": "python -m benchmarks.gpu", "machine": machine(), "sizes": asdict(sizes)}
     results["minutes"] = round((time.perf_counter() - started) / 60, 1)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("gpu", table(results))
-    print(table(results))
+    publish("gpu", results, table(results))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -10,19 +10,15 @@ process. Writes `benchmarks/results/overlap.json` and the table in `benchmarks/R
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import write_table
+from benchmarks.apart import facts_of
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 
-RESULTS = Path(__file__).parent / "results" / "overlap.json"
 STEPS, UPDATES, PROMPTS = 48, 8, 32
 SECONDS = 0.05  # a completion
 JUDGE = "data/tiny_reward_model"
@@ -50,6 +46,7 @@ def work(output: Path, overlap: int, rewards: str, steps: int) -> None:
     settings += [f"rollout.prompts_per_collect={PROMPTS}", f"replay.learning_starts={PROMPTS}"]
     settings += [f"replay.updates_per_collect={UPDATES}", f"train.max_steps={steps}", f"train.logging_steps={steps}"]
     settings += [f"train.output_dir={output}.run", "train.eval_steps=0", "train.save_steps=0"]
+    settings += ["replay.target_kl=null"]  # collections at fixed steps: the same work with overlap and without
     run = DQNTrainer.from_recipe(load_recipe("quickstart", settings))
     with run.processes:
         run.begin(resume=False)
@@ -66,16 +63,8 @@ def work(output: Path, overlap: int, rewards: str, steps: int) -> None:
 
 def measure(overlap: int, rewards: list[str], steps: int) -> dict[str, Any]:
     """A run in processes of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "facts.json"
-        command = [sys.executable, "-m", "benchmarks.overlap", "--work", str(output), "--overlap", str(overlap)]
-        command += ["--rewards", ",".join(rewards), "--steps", str(steps)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        load = os.getloadavg()[0]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if ran.returncode != 0:
-            raise RuntimeError(ran.stdout[-2000:] + ran.stderr[-4000:])
-        return json.loads(output.read_text()) | {"load_before": load}
+    words = ["--overlap", str(overlap), "--rewards", ",".join(rewards), "--steps", str(steps)]
+    return facts_of("-m", "benchmarks.overlap", *words)
 
 
 def median(runs: list[dict[str, Any]], name: str) -> float:
@@ -135,9 +124,7 @@ def main() -> None:
         "time_ratio": ratios,
         "runs": runs,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("overlap", table(results))
-    print(table(results))
+    publish("overlap", results, table(results))
 
 
 if __name__ == "__main__":

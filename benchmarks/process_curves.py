@@ -8,19 +8,16 @@ whether their means differ by more than that.
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import write_table
+from benchmarks.apart import run_apart
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from llm_dqn.recipe import load_recipe
 
-RESULTS = Path(__file__).parent / "results" / "process_curves.json"
 STUDENT = {2: 4.303, 3: 2.776, 4: 2.447, 5: 2.306, 6: 2.228, 8: 2.145, 10: 2.101}  # seeds -> 97.5 %, 2 (seeds - 1) d.f.
 MEASURES = {"curve": "reward, mean over the curve", "final": "reward, sampled, at the end", "greedy": "reward, greedy"}
 
@@ -36,11 +33,7 @@ def train(world: int, seed: int, steps: int | None, folder: Path) -> dict[str, A
         few = ["train.final_eval_prompts=8", "train.eval_prompts=8", "rollout.prompts_per_collect=16"]
         settings += [f"train.max_steps={steps}", f"train.eval_steps={max(1, steps // 2)}", *few]
     launch = ["--num-processes", str(world)] if world > 1 else []
-    command = [sys.executable, "-m", "llm_dqn", "train", "quickstart", *settings, *launch]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise RuntimeError(ran.stdout[-2000:] + ran.stderr[-4000:])
+    run_apart("-m", "llm_dqn", "train", "quickstart", *settings, *launch)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = {line["step"]: line["eval/reward"] for line in lines if "eval/reward" in line}
     tuned = json.loads((folder / "evaluation.json").read_text())["tuned"]
@@ -123,7 +116,7 @@ def compare(seeds: int, steps: int | None) -> dict[str, Any]:
         "verdict": verdict(runs),
     }
     if steps is None:
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        write_table("process_curves", table(results))
-    print(table(results))
+        publish("process_curves", results, table(results))
+    else:
+        print(table(results))
     return results

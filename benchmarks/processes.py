@@ -13,9 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import process_curves
-from benchmarks.tables import write_table
+from benchmarks.apart import facts_of
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 
-RESULTS = Path(__file__).parent / "results" / "processes.json"
 BATCH, LEARNED = 16, 4  # episodes a learner step; how often a completion is learned from
 COLLECTIONS = {64: 3, 256: 2}  # completions of a collection -> how many of these in a run
 PHASES = {"collect": "writing and scoring", "learn_from": "learning", "report": "logging and checkpoints"}
@@ -116,16 +113,7 @@ def counting(all_reduce: Callable[..., Any], phase: list[str], messages: Counter
 def measure(world: int, steps: int, collect: int) -> dict[str, Any]:
     """A run in processes of its own."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "facts.json"
-        command = [sys.executable, *launch, "-m", "benchmarks.processes", "--work", str(output)]
-        command += ["--steps", str(steps), "--collect", str(collect)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        load = os.getloadavg()[0]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if ran.returncode != 0:
-            raise RuntimeError(ran.stdout[-2000:] + ran.stderr[-4000:])
-        return json.loads(output.read_text()) | {"load_before": load}
+    return facts_of(*launch, "-m", "benchmarks.processes", "--steps", str(steps), "--collect", str(collect))
 
 
 def median(runs: list[dict[str, Any]], *path: str) -> float:
@@ -218,9 +206,7 @@ def main() -> None:
         print(table(compare(options.repeats, dict.fromkeys(COLLECTIONS, 1))))
     else:
         results = compare(options.repeats, COLLECTIONS)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        write_table("processes", table(results))
-        print(table(results))
+        publish("processes", results, table(results))
 
 
 if __name__ == "__main__":

@@ -7,21 +7,18 @@ is asked within another counts for itself only.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.tables import write_table
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from llm_dqn.recipe import load_recipe
 from llm_dqn.trainer import DQNTrainer
 
-RESULTS = Path(__file__).parent / "results" / "profile.json"
 STEPS = 48
 ARITHMETIC = ("generation", "log-probabilities", "target pass", "online forward", "backward", "clip and AdamW", "KL")
 
@@ -91,9 +88,7 @@ def main() -> None:
         "steps": STEPS,
         "seconds": seconds,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("profile", table(results))
-    print(table(results))
+    publish("profile", results, table(results))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ which it cannot do without; pages of mapped files are the system's cache and not
 """
 
 import argparse
-import json
 import multiprocessing
 import shutil
 import statistics
@@ -33,12 +32,11 @@ from benchmarks.checkpoint import (
     seconds,
     written,
 )
-from benchmarks.tables import write_table
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from llm_dqn.checkpoint import checkpoint_folder
 from llm_dqn.saver import Saver
 
-RESULTS = Path(__file__).parent / "results" / "replay.json"
 QUICK = ((1_000, "memory"), (10_000, "memory"), (10_000, "disk"))
 WHERE = {"memory": "in memory", "disk": "on disk"}
 FULL = ((1_000, "memory"), (10_000, "memory"), (100_000, "memory"), (100_000, "disk"), (1_000_000, "disk"))
@@ -117,9 +115,7 @@ def main() -> None:
         "tokens_an_episode": PROMPT + COMPLETION,
         "episodes": measured,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("replay", table(results))
-    print(table(results))
+    publish("replay", results, table(results))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -17,13 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.tables import write_table
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from benchmarks.update import model as qwen
 from llm_dqn import models
@@ -37,7 +36,6 @@ from llm_dqn.shipped import shipped_root
 from llm_dqn.trainer import DQNTrainer
 from llm_dqn.types import Prompt
 
-RESULTS = Path(__file__).parent / "results" / "rollout.json"
 MODELS = ("Qwen2.5-0.5B, 2 layers", "quickstart")
 ROWS, PROMPT, COMPLETION, TOKENS = 16, 16, 16, 32_000
 EPSILON = 0.05  # the default share of completions that the base model writes, from step 32 on
@@ -162,9 +160,7 @@ def main() -> None:
         "completion_tokens": COMPLETION,
         "models": measured,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("rollout", table(results))
-    print(table(results))
+    publish("rollout", results, table(results))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -7,20 +7,17 @@ of three repeats: what other work on the machine adds is no part of the law.
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.tables import write_table
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from benchmarks.update import Step, batch, ours
 from llm_dqn.types import PrefixBatch
 
-RESULTS = Path(__file__).parent / "results" / "scaling.json"
 TOKENS, EPISODES, PROMPT, COMPLETION = 8_000, 4, 16, 64
 GROWING: dict[str, list[int]] = {
     "completion tokens": [32, 64, 128, 256, 512],
@@ -69,9 +66,7 @@ def main() -> None:
         "otherwise": {"vocabulary": TOKENS, "episodes": EPISODES, "prompt": PROMPT, "completion tokens": COMPLETION},
         "seconds": measured,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("scaling", table(results))
-    print(table(results))
+    publish("scaling", results, table(results))
 
 
 def table(results: dict[str, Any]) -> str:

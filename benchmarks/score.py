@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.tables import write_table
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from llm_dqn import models
 from llm_dqn.adapters import Role, lora_config
@@ -36,7 +36,6 @@ from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.row_stream import RowStream
 from llm_dqn.score_files import Scorer, score_file
 
-RESULTS = Path(__file__).parent / "results" / "score.json"
 MODEL, LOGGED, REWARD_MODEL = "data/tiny_lm", "data/logged.jsonl", "data/tiny_reward_model"
 PART, BATCH = 2000, 64  # completions a part, and in one pass of the model
 
@@ -193,9 +192,7 @@ def main() -> None:
             "rewards": with_rewards(MODEL, rows[:PART], folder),
             "peak_bytes": {str(size): [peak(size, bare) for bare in (True, False)] for size in (PART, count)},
         }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    write_table("score", table(results))
+    publish("score", results, table(results))
 
 
 def table(results: dict[str, Any]) -> str:

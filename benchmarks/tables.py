@@ -1,9 +1,19 @@
-"""Puts generated tables into `benchmarks/README.md`, between markers that name them."""
+"""Keeps what a benchmark measured: as JSON, and as a table in `benchmarks/README.md` between markers that name it."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 README = Path(__file__).parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
+
+
+def publish(name: str, results: dict[str, Any], text: str) -> None:
+    """Writes `benchmarks/results/NAME.json` and the table of that name, and prints the table."""
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_table(name, text)
+    print(text)
 
 
 def write_table(name: str, text: str) -> None:

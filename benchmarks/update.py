@@ -11,7 +11,6 @@ peak of such a process within its first step, above what it held before, its wei
 
 import argparse
 import gc
-import json
 import re
 import statistics
 import subprocess
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.tables import write_table
+from benchmarks.tables import publish
 from benchmarks.textbook import machine
 from benchmarks.update_peers import PEERS
 from llm_dqn import assembly
@@ -39,7 +38,6 @@ from llm_dqn.recipe import DQNConfig
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.types import Episode, PrefixBatch, TDTarget
 
-RESULTS = Path(__file__).parent / "results" / "update.json"
 VOCABULARIES = (32_000, 151_936)
 BATCH, PROMPT, COMPLETION = 4, 128, 128
 OURS: dict[str, dict[str, Any]] = {
@@ -211,9 +209,7 @@ def main() -> None:
         return
     results = summary(measured, " ".join(["python -m benchmarks.update", *sys.argv[1:]]), options.layers)
     results["minutes"] = round((time.perf_counter() - started) / 60, 1)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_table("update", table(results))
-    print(table(results))
+    publish("update", results, table(results))
 
 
 def groups(tokens: int, wanted: list[str], quick: bool) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """Who takes part in which regime, and the twelve configurations each is tuned over.
 
-Learning rates are for all weights; a LoRA adapter gets ten times as much, three times by policy gradients, which collapse
-at more (`benchmarks/LOG.md`). The grids span a factor of ten, so that the ratio need not be exact.
+Learning rates are for all weights; a LoRA adapter gets ten times as much, by policy gradients, which collapse at that
+(`benchmarks/LOG.md`), three times. The grids span a factor of ten, so that the ratio need not be exact.
 """
 
 from collections.abc import Mapping
