@@ -23,6 +23,7 @@ from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, describe
 from llm_dqn.sharding import is_share, shard_over
 from llm_dqn.types import PrefixBatch, Prompt, QOutput
+from llm_dqn.vllm_launch import LocalServer, Served
 from llm_dqn.vllm_server import VLLMServer
 
 ReturnsRule = Callable[[PrefixBatch, QOutput], Tensor]  # (batch, target network's output) -> td_target (B, T)
@@ -231,10 +232,33 @@ def writer_for(args: DQNConfig, inputs: Inputs, network: QNetwork) -> Writer:
             raise UserError(
                 "rollout.engine: vllm needs an adapter to hand to the server; set lora, or engine: generate"
             )
-        server = VLLMServer(str(args.vllm_url), args.vllm_folder)
+        server = VLLMServer(args.vllm_url or local_server(args, inputs, network).start, args.vllm_folder)
     stop_ids = frozenset(models.stop_token_ids(inputs.model, inputs.tokenizer))
     length = args.max_completion_length
     return Writer(network, inputs.tokenizer, stop_ids, length, engine=args.engine, server=server)
+
+
+def local_server(args: DQNConfig, inputs: Inputs, network: QNetwork) -> LocalServer:
+    """A vLLM server of the run's own base model, not started yet. Raises UserError where none can be."""
+    assert inputs.lora is not None
+    ranks = (inputs.lora.r, *(inputs.lora.rank_pattern or {}).values())
+    longest = max(len(prompt.ids) for prompt in (*inputs.train_prompts, *inputs.eval_prompts))
+    dtype = str(inputs.model.dtype).removeprefix("torch.")
+    served = Served(
+        model=network.base_name,
+        rank=max(ranks),
+        length=longest + args.max_completion_length,
+        memory=args.vllm_gpu_memory_utilization,
+        dtype="auto" if dtype == "float32" else dtype,  # vLLM's LoRA kernels know only halves
+        revision=getattr(inputs.model.config, "_commit_hash", None),
+        remote_code=any(_from_remote_code(part) for part in (inputs.model, inputs.tokenizer)),
+    )
+    gpu = (network.device.index or 0) if network.device.type == "cuda" else None
+    return LocalServer(served, gpu, Path(args.output_dir, "vllm.log"))
+
+
+def _from_remote_code(part: Any) -> bool:
+    return type(part).__module__.startswith("transformers_modules")
 
 
 def optimizer_for(network: QNetwork, args: DQNConfig) -> torch.optim.Optimizer:

@@ -15,12 +15,15 @@ from llm_dqn.recipe import DQNConfig, Recipe, RecipeError, mislaid, resolve_path
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.shipped import similar_nearby
 from llm_dqn.tables import Table, read_table
+from llm_dqn.vllm_launch import check_engine
 
 
 def inputs_of(typed: Recipe) -> tuple[DQNConfig, Inputs]:
     """Loads what a recipe names. Raises RecipeError, with the line, for the first thing that cannot be used."""
     recipe = with_resolved_paths(typed)
     args, facts = settings_of(recipe), recipe.model
+    with blamed(typed, "rollout.engine"):
+        check_engine(args.engine, args.vllm_url)
     said = {key: source for key, (source, _) in data_sources(typed).items()}
     where = (facts.model_name_or_path, facts.model_revision, facts.trust_remote_code)
     with blamed(typed, "model.model_name_or_path", typed.model.model_name_or_path):
@@ -107,6 +110,7 @@ def inputs_from_python(
             f"overlap={args.overlap}: collectors are processes of their own, which open model, data and rewards from a "
             "recipe; use DQNTrainer.from_recipe(load_recipe(FILE)) or `llm-dqn train FILE`, or overlap=0"
         )
+    check_engine(args.engine, args.vllm_url)
     path = os.fspath(model) if isinstance(model, str | os.PathLike) else None
     if path is not None:
         config = _opened("model", path, models.load_config)

@@ -29,6 +29,7 @@ from llm_dqn.shipped import similar_nearby
 from llm_dqn.tables import Table, read_table
 from llm_dqn.trainer import DQNTrainer
 from llm_dqn.types import Prompt
+from llm_dqn.vllm_launch import check_engine
 
 T = TypeVar("T")
 GIB = 2**30
@@ -72,6 +73,8 @@ def preflight(recipe: Recipe, run_code: bool = True) -> tuple[list[Problem], lis
     """(problems, lines of information). A recipe with broken required keys may hold None there: those are skipped."""
     found = Findings(recipe)
     resolved = with_resolved_paths(recipe)
+    rollout = resolved.rollout
+    found.attempt("rollout.engine", partial(check_engine, rollout.engine, rollout.vllm_url))
     brings_code = recipe.model.trust_remote_code or not recipe.model.use_safetensors
     if brings_code and not run_code and recipe.model.model_name_or_path:
         setting = "trust_remote_code: true" if recipe.model.trust_remote_code else "use_safetensors: false"

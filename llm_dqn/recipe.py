@@ -135,8 +135,11 @@ def _conflicts(recipe: Recipe | DQNConfig) -> Iterator[tuple[tuple[str, ...], st
     start, end = s.epsilon.start, s.epsilon.end
     if end > start:
         yield ("epsilon.end", "epsilon.start"), f"must be at most epsilon.start ({start}), got {end}"
-    if s.engine == "vllm" and s.vllm_url is None:
-        yield ("vllm_url", "engine"), "needs the address of the server for engine: vllm, as http://127.0.0.1:8000"
+    if s.engine == "vllm" and s.vllm_url is None and (s.overlap or s.collectors is not None):
+        yield (
+            ("vllm_url", "engine", "overlap", "collectors"),
+            "needs the address of a server, as http://127.0.0.1:8000: collectors cannot share one that the run starts",
+        )
     if s.engine == "vllm" and s.q_head == "linear":
         yield ("engine", "q_head"), "vllm needs q_head: lm; a server cannot add a linear head's Q to its logits"
     if s.engine != "generate" and s.explore == "uniform":

@@ -19,7 +19,8 @@ def _names(text: str) -> frozenset[str]:
 HARMLESS = _names(
     """
     model.trust_remote_code model.use_safetensors reward.timeout
-    reward.called_by rollout.vllm_url rollout.vllm_folder rollout.collector_timeout replay.storage
+    reward.called_by rollout.vllm_url rollout.vllm_folder rollout.vllm_gpu_memory_utilization
+    rollout.collector_timeout replay.storage
     data.test data.test_split
     train.output_dir train.max_steps train.max_scored_completions train.logging_steps train.eval_steps
     train.eval_prompts train.final_eval_prompts train.final_beta_scales train.save_steps train.save_total_limit

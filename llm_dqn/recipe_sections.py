@@ -106,10 +106,14 @@ class RolloutSection(Section):
 
     engine: Literal["generate", "continuous", "vllm"] = Field(
         default="generate",
-        description="What writes: transformers' generate, its continuous batching, or a vLLM server you started.",
+        description="What writes: transformers' generate, its continuous batching, or a vLLM server.",
     )
     vllm_url: Text | None = Field(
-        default=None, description="Address of the vLLM server, as http://127.0.0.1:8000; with engine vllm."
+        default=None,
+        description="Address of a vLLM server, as http://127.0.0.1:8000; null = the run starts one on its device.",
+    )
+    vllm_gpu_memory_utilization: Annotated[Float, Field(gt=0, le=1)] = Field(
+        default=0.3, description="Share of the GPU's memory that a vLLM server which the run starts may take."
     )
     vllm_folder: Text | None = Field(
         default=None,

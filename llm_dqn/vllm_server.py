@@ -1,6 +1,6 @@
 """A vLLM server over its HTTP interface: completions with log-probabilities, and adapters loaded while it runs.
 
-The server is started by its user, with the same base model:
+The server is started by the run itself (`vllm_launch`), or by its user, with the same base model:
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank R
 
@@ -18,40 +18,53 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from llm_dqn.errors import StepFailed, UserError
 
 AT_ONCE = 64  # requests under way; the server batches them
 TIMEOUT = 600.0  # seconds that an answer may take
+HERE = ("127.0.0.1", "localhost")
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine's own ports
 # What a model's generation_config.json would otherwise put in.
 UNCHANGED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class VLLMServer:
-    """url: of the server, "http://127.0.0.1:8000". folder: where adapters are left for it; None: a temporary one, which
-    only a server on the same machine can read.
+    """url: of the server, "http://127.0.0.1:8000", or what starts one at its first use and returns its address.
+    folder: where adapters are left for it; None: a temporary one, which only a server on the same machine can read.
 
     Raises UserError where no server answers, or none that serves a base model.
     """
 
-    def __init__(self, url: str, folder: str | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"rollout.vllm_url: {url} is no address like http://127.0.0.1:8000")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        try:
-            self.base_model = self._base_model()
-        except StepFailed as error:
-            raise UserError(f"rollout.vllm_url: {error}") from error
+    def __init__(self, url: str | Callable[[], str], folder: str | None = None) -> None:
+        self._address = url
+        if isinstance(url, str):
+            if not url.startswith(("http://", "https://")):
+                raise UserError(f"rollout.vllm_url: {url} is no address like http://127.0.0.1:8000")
+            _ = self.base_model  # asked for now, so that what is wrong is said now
         self._temporary = tempfile.TemporaryDirectory(prefix="llm-dqn-adapters-") if folder is None else None
         self._folder = Path(self._temporary.name if self._temporary else str(folder)).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._mine = f"llm_dqn-{os.getpid()}-{secrets.token_hex(3)}"  # several processes may share a server
         self._loaded: str | None = None
 
-    def _base_model(self) -> str:
-        listed = self._ask("/v1/models")["data"]
+    @cached_property
+    def url(self) -> str:
+        """Where it answers."""
+        address = self._address if isinstance(self._address, str) else self._address()
+        return address.rstrip("/").removesuffix("/v1")
+
+    @cached_property
+    def base_model(self) -> str:
+        """The name under which it serves the base model."""
+        try:
+            listed = self._ask("/v1/models")["data"]
+        except StepFailed as error:
+            raise UserError(f"rollout.vllm_url: {error}") from error
         bases = [model["id"] for model in listed if not model.get("parent")]
         if not bases:
             raise UserError(f"rollout.vllm_url: {self.url} serves no base model, only {listed}")
@@ -106,12 +119,16 @@ class VLLMServer:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(one, range(len(prompts))))
 
+    @property
+    def _open(self) -> Callable:
+        return DIRECT.open if urlsplit(self.url).hostname in HERE else urllib.request.urlopen
+
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that the server answers; what is no JSON as text. Raises StepFailed with what it says."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            with self._open(request, timeout=TIMEOUT) as response:
                 text = response.read().decode()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")

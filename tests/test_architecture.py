@@ -34,7 +34,8 @@ hidden_cache tables models pages run_files calibration warning_signs priority_tr
 targets losses schedules recipe charts statistics references processes reduction memory numerics resume
 offline recipe_changes
 recipe_problems recipe_sections shipped
-recipe_yaml lock vllm_server
+vllm_launch
+recipe_yaml lock vllm_server vllm_guard
 types errors terminal signals
 """
 LEVEL = {name: -depth for depth, line in enumerate(LAYERS.split("\n")) for name in line.split()}

@@ -117,8 +117,8 @@ def test_what_is_wrong_with_a_server_is_said_in_words(tiny_llama_path, serve):
     write, server = writer(network(tiny_llama_path), tiny_llama_path), VLLMServer(serve(lora=False).url)
     with pytest.raises(StepFailed, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
         rollout(replace(write, engine="vllm", server=server), prompts(tiny_llama_path), sampled(), seed=0)
-    with pytest.raises(RecipeError, match="needs the address of the server"):
-        DQNConfig(output_dir="x", engine="vllm")
+    with pytest.raises(RecipeError, match="needs the address of a server"):
+        DQNConfig(output_dir="x", engine="vllm", collectors="y")
     with pytest.raises(RecipeError, match="uniform needs engine: generate, got continuous"):
         DQNConfig(output_dir="x", engine="continuous", explore="uniform")
 
