@@ -51,9 +51,8 @@ class Served:
 
 
 def program() -> str:
-    """Path of `vllm`: this Python's own, or the first on PATH. Raises UserError where it cannot be started."""
-    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    found = shutil.which("vllm", path=beside)
+    """Path of `vllm`: the first on PATH, or this Python's own. Raises UserError where it cannot be started."""
+    found = shutil.which("vllm") or shutil.which("vllm", path=str(Path(sys.executable).parent))
     if found is None:
         raise UserError(
             "no program `vllm` is installed that the run could start; `pip install vllm`, give the address of a server "
