@@ -27,7 +27,9 @@ from llm_dqn.vllm_launch import LocalServer, Served
 from llm_dqn.vllm_server import VLLMServer
 
 ReturnsRule = Callable[[PrefixBatch, QOutput], Tensor]  # (batch, target network's output) -> td_target (B, T)
-LossRule = Callable[[QOutput, Tensor, Tensor, Tensor], Tensor]  # (online output, td_target, mask, count) -> scalar
+LossRule = Callable[
+    [QOutput, Tensor, PrefixBatch, Tensor], Tensor
+]  # (online output, td_target, batch, count) -> scalar
 
 ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
 # LoRA's factors start at zero and bear rates that wreck whole weights.
@@ -301,12 +303,16 @@ def returns_rule(args: DQNConfig) -> ReturnsRule:
 
 def loss_rule(args: DQNConfig) -> LossRule:
     """How an error of Q is counted; the dueling head needs its two gradients kept apart."""
-    error_fn = ERRORS[args.loss]
+    error_fn, cap = ERRORS[args.loss], args.importance_sampling_cap
+
+    def dueling(q: QOutput, target: Tensor, batch: PrefixBatch, count: Tensor) -> Tensor:
+        weights = None if cap is None else losses.truncated_ratios(batch.behaviour_logprobs, q.logprobs, cap)
+        facts = (q.values, q.advantages, target, batch.action_mask, count, args.beta, error_fn, weights)
+        return losses.dueling_td_loss(*facts)
+
     if args.q_head == "lm":
-        return lambda q, target, mask, count: losses.dueling_td_loss(
-            q.values, q.advantages, target, mask, count, args.beta, error_fn
-        )
-    return lambda q, target, mask, count: losses.td_loss(q.taken, target, mask, count, error_fn)
+        return dueling
+    return lambda q, target, batch, count: losses.td_loss(q.taken, target, batch.action_mask, count, error_fn)
 
 
 def sampling_rule(args: DQNConfig) -> SamplingRule:

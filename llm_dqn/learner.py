@@ -130,7 +130,7 @@ class Learner:
         mask = batch.action_mask
         raised = target.advantages > 0 if self.advantage_weight > 0 else torch.zeros_like(mask)
         q = self.parts.network(batch, raised, self.cql_weight > 0)
-        loss = self.parts.td_loss(q, target.returns, mask, count)
+        loss = self.parts.td_loss(q, target.returns, batch, count)
         if self.advantage_weight > 0:
             raised = losses.advantage_weighted_nll(q.logprobs, target.advantages.clamp(min=0), mask, weight)
             loss = loss + self.advantage_weight * raised

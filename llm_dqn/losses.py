@@ -46,15 +46,28 @@ def dueling_td_loss(
     count: Tensor | float,
     beta: float,
     error_fn: ErrorFunction = squared_error,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """`td_loss` of Q = V + A, its gradient parted so that V cannot drown the policy.
 
     A = beta log(pi / pi_ref) moves beta times slower than V for the same step of its logits; dividing its part by beta
-    makes both move alike. Both parts are the same error, so the optimum is that of `td_loss`.
+    makes both move alike. Both parts are the same error, so the optimum is that of `td_loss`. weights: (B, T) of the
+    errors in the policy's part, see `truncated_ratios`; None: 1 each.
     """
-    policy_part = td_loss(values.detach() + advantages, td_target, mask, count, error_fn) / beta
+    policy_error = error_fn(values.detach() + advantages - td_target.detach())
+    policy_part = masked_mean(policy_error if weights is None else weights * policy_error, mask, count) / beta
     value_part = td_loss(values + advantages.detach(), td_target, mask, count, error_fn)
     return policy_part + value_part
+
+
+def truncated_ratios(written: Tensor, now: Tensor, cap: float) -> Tensor:
+    """min(cap, pi / mu) of each action: what an error at it counts for pi where mu wrote it. No gradient.
+
+    written, now: (B, T) log mu(a|s) and log pi(a|s). An action that pi has all but given up is no longer pushed down:
+    pushed without end it would move its probability to tokens that nobody has tried. Espeholt et al. 2018, eq. 1
+    (rho), https://arxiv.org/abs/1802.01561.
+    """
+    return (now.detach() - written).exp().clamp(max=cap)
 
 
 def advantage_weighted_nll(logprobs: Tensor, weights: Tensor, mask: Tensor, total_weight: Tensor | float) -> Tensor:

@@ -217,6 +217,10 @@ class DQNSection(Section):
         default=True,
         description="Subtract beta * log-ratio inside multi-step returns, which makes old episodes unbiased.",
     )
+    importance_sampling_cap: Annotated[Float, Field(gt=0)] | None = Field(
+        default=1.0,
+        description="Most that an old error of Q weighs for the policy, by pi now over pi then; null = all weigh 1.",
+    )
     loss: Literal["mse", "huber"] = Field(
         default="mse", description="Of the TD error; huber is biased for yes/no rewards."
     )

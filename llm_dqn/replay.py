@@ -69,6 +69,7 @@ def prioritized(alpha: float = 0.6, half_life: float = 1000.0) -> SamplingRule:
 
 ENDED = ("eos", "length")
 SOURCES = ("online", "logged")
+LOGPROBS = ("ref_logprobs", "behaviour_logprobs")
 SMALLEST_TOTAL = 1e-150  # of the weights in a tree, before they are computed anew in a smaller unit
 
 
@@ -198,30 +199,24 @@ class PrefixReplay:
     def batch(self, slots: np.ndarray) -> PrefixBatch:
         """The episodes in `slots` as one padded batch."""
         slots = np.asarray(slots, dtype=np.int64)
-        facts, flat = self.store.rows(slots), self.store.flat(slots, ("tokens", "ref_logprobs"))
+        facts, flat = self.store.rows(slots), self.store.flat(slots, ("tokens", *LOGPROBS))
         layout = _lay_out(flat["tokens"], facts["prompt_lengths"], facts["lengths"])
         mask = layout.action_mask.numpy()
-        rewards, ref_logprobs = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
+        rewards, *logprobs = (np.zeros(mask.shape, np.float32) for _ in range(1 + len(LOGPROBS)))
         discounts = np.where(mask, np.float32(self.gamma), np.float32(0))
         last = np.arange(len(slots)), facts["lengths"] - facts["prompt_lengths"] - 1
         rewards[last] = facts["rewards"]
         discounts[last] = self._final_discounts(facts["ended"])
-        ref_logprobs[mask] = flat["ref_logprobs"]
-        return PrefixBatch(layout, *map(torch.from_numpy, (rewards, discounts, ref_logprobs, slots)))
+        for name, values in zip(LOGPROBS, logprobs, strict=True):
+            values[mask] = flat[name]
+        return PrefixBatch(layout, *map(torch.from_numpy, (rewards, discounts, *logprobs, slots)))
 
-    def newest(self, count: int, rows: int) -> Iterator[tuple[PrefixBatch, Tensor]]:
-        """Up to `count` episodes by the newest policy, `rows` at a time, with (B, T) its log pi(a|s) as it wrote them.
-
-        They are among the `count` added last.
-        """
+    def newest(self, count: int, rows: int) -> Iterator[PrefixBatch]:
+        """Those of the `count` episodes added last that are by the newest policy, `rows` at a time."""
         latest = np.arange(max(self.added - count, self.added - len(self)), self.added) % self.capacity
         latest = latest[self.versions[latest] == self.versions[latest[-1]]]
         for start in range(0, len(latest), rows):
-            slots = latest[start : start + rows]
-            batch, flat = self.batch(slots), self.store.flat(slots, ("behaviour_logprobs",))
-            behaviour = torch.zeros(batch.action_mask.shape)
-            behaviour[batch.action_mask] = torch.from_numpy(flat["behaviour_logprobs"])
-            yield batch, behaviour
+            yield self.batch(latest[start : start + rows])
 
     def _final_discounts(self, ended: np.ndarray) -> np.ndarray:
         """0 where nothing follows the last action: the one place where truncation and termination are told apart."""

@@ -278,10 +278,10 @@ class DQNTrainer(Intake):
             return False
         sums = torch.zeros(2)
         with whole(self.network):  # processes may have a different number of batches
-            for batch, behaviour in self.replay.newest(NEWEST, args.per_device_train_batch_size):
+            for batch in self.replay.newest(NEWEST, args.per_device_train_batch_size):
                 logprobs = self.network.logprobs(batch.tokens.to(device), "online").cpu()
-                mask = batch.action_mask
-                sums += torch.stack([sampled_kl(behaviour, logprobs, mask).sum(), mask.sum()])
+                shifts = sampled_kl(batch.behaviour_logprobs, logprobs, batch.action_mask)
+                sums += torch.stack([shifts.sum(), batch.action_mask.sum()])
         total, count = self.parts.totals(*sums)
         shift = float(total / count)
         self.logbook.add("train/behaviour_kl", shift)

@@ -70,6 +70,7 @@ class PrefixBatch:
     rewards: Tensor  # (B, T) zero but at the last action, which carries the episode's reward
     discounts: Tensor  # (B, T) gamma; 0 at the action that ended the episode
     ref_logprobs: Tensor  # (B, T) stored log pi_ref of the actions
+    behaviour_logprobs: Tensor  # (B, T) stored log pi of the actions by the policy as it was when they were written
     slots: Tensor  # (B,) places in the replay buffer, for priorities
 
     @property
@@ -99,8 +100,8 @@ class PrefixBatch:
             actions=self.tokens.actions[chosen, :actions],
             action_mask=self.action_mask[chosen, :actions],
         )
-        rewards, discounts = self.rewards[chosen, :actions], self.discounts[chosen, :actions]
-        return PrefixBatch(tokens, rewards, discounts, self.ref_logprobs[chosen, :actions], self.slots[chosen])
+        of_actions = (self.rewards, self.discounts, self.ref_logprobs, self.behaviour_logprobs)
+        return PrefixBatch(tokens, *(values[chosen, :actions] for values in of_actions), self.slots[chosen])
 
 
 def joined(batches: Sequence[PrefixBatch]) -> PrefixBatch:

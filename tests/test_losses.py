@@ -38,6 +38,19 @@ def test_dueling_loss_has_the_td_gradient_for_v_and_a_beta_fold_one_for_the_poli
     assert advantages.grad.item() == pytest.approx(-3.0 / beta)
 
 
+def test_an_action_that_the_policy_gave_up_weighs_less_for_the_policy_and_as_much_for_v():
+    half, written = torch.tensor([[0.5, 3.0]]).log(), torch.zeros(1, 2)
+    now = half.requires_grad_()
+    ratios = losses.truncated_ratios(written, now, cap=1.0)
+    assert ratios.tolist() == [[pytest.approx(0.5), 1.0]] and not ratios.requires_grad
+    assert losses.truncated_ratios(written, now, cap=2.0)[0, 1] == 2.0
+    values, advantages = (torch.zeros(1, 2, requires_grad=True) for _ in range(2))
+    target, mask = torch.full((1, 2), -2.0), torch.ones(1, 2, dtype=torch.bool)
+    losses.dueling_td_loss(values, advantages, target, mask, 2, beta=0.5, weights=ratios).backward()
+    assert values.grad.tolist() == [[2.0, 2.0]]
+    assert advantages.grad.flatten().tolist() == pytest.approx([0.5 * 4.0, 4.0])
+
+
 def test_advantage_weighting_raises_good_tokens_in_proportion():
     logprobs = torch.tensor([[-1.0, -2.0], [-5.0, -9.0]], requires_grad=True)
     weights = torch.tensor([[3.0, 1.0], [0.0, 100.0]])

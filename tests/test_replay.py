@@ -126,9 +126,9 @@ def test_the_newest_episodes_come_with_what_their_writer_thought_of_them():
     replay = PrefixReplay(3)
     written = [episode([1], [2, 3], behaviour_logprobs=torch.tensor([-float(n), -0.5])) for n in range(5)]
     replay.add(written)
-    [(batch, behaviour)] = replay.newest(2, rows=2)
-    assert behaviour.tolist() == [[-3.0, -0.5], [-4.0, -0.5]]
+    [batch] = replay.newest(2, rows=2)
+    assert batch.behaviour_logprobs.tolist() == [[-3.0, -0.5], [-4.0, -0.5]]
     assert batch.slots.tolist() == [0, 1]
-    assert [batch.slots.tolist() for batch, _ in replay.newest(10, rows=2)] == [[2, 0], [1]], "no more than there are"
+    assert [batch.slots.tolist() for batch in replay.newest(10, rows=2)] == [[2, 0], [1]], "no more than there are"
     replay.add([episode([1], [2, 3], policy_version=4)])
-    assert [batch.slots.tolist() for batch, _ in replay.newest(10, rows=2)] == [[2]], "none by an older policy"
+    assert [batch.slots.tolist() for batch in replay.newest(10, rows=2)] == [[2]], "none by an older policy"

@@ -51,7 +51,8 @@ def batch_of(net: QNetwork, rows: list[Episode]) -> PrefixBatch:
     """The rows as training sees them, with the reference's own log-probabilities."""
     tokens = collate_tokens([row.prompt_ids for row in rows], [row.completion_ids for row in rows])
     zeros = torch.zeros(tokens.actions.shape)
-    return PrefixBatch(tokens, zeros, zeros, net.logprobs(tokens, "reference"), torch.arange(len(rows)))
+    written = net.logprobs(tokens, "reference")
+    return PrefixBatch(tokens, zeros, zeros, written, written, torch.arange(len(rows)))
 
 
 def logits_of(net: QNetwork, tokens: TokenBatch, role: Any) -> torch.Tensor:

@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "double Q over the prior's top 8": {"backup": "max", "support_top_k": 8, "double": True},
     "one-step targets": {"n_step": 1},
     "uncorrected returns": {"corrected": False},
+    "errors weigh the same however old": {"importance_sampling_cap": None},
     "uniform exploration": {"explore": "uniform"},
     "linear head, prior kept": {"q_head": "linear"},
     "the textbook, all switches": TEXTBOOK,

@@ -21,6 +21,7 @@ LOGGED_ROWS = 2000
 DECISIVE = (
     *("num_generations", "prompts_per_collect", "temperature", "top_k", "top_p", "min_p", "epsilon", "explore"),
     *("q_head", "beta", "gamma", "backup", "double", "n_step", "lam", "corrected", "loss", "target"),
+    "importance_sampling_cap",
     *("target_sync_steps", "target_tau", "prior", "support_top_k", "advantage_weight", "expectile", "cql_weight"),
     *(
         "truncated",
