@@ -27,9 +27,7 @@ from llm_dqn.vllm_launch import LocalServer, Served
 from llm_dqn.vllm_server import VLLMServer
 
 ReturnsRule = Callable[[PrefixBatch, QOutput], Tensor]  # (batch, target network's output) -> td_target (B, T)
-LossRule = Callable[
-    [QOutput, Tensor, PrefixBatch, Tensor], Tensor
-]  # (online output, td_target, batch, count) -> scalar
+LossRule = Callable[[QOutput, Tensor, PrefixBatch, Tensor], Tensor]  # (online, td_target, batch, count) -> scalar
 
 ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
 # LoRA's factors start at zero and bear rates that wreck whole weights.

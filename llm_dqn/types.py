@@ -100,8 +100,9 @@ class PrefixBatch:
             actions=self.tokens.actions[chosen, :actions],
             action_mask=self.action_mask[chosen, :actions],
         )
-        of_actions = (self.rewards, self.discounts, self.ref_logprobs, self.behaviour_logprobs)
-        return PrefixBatch(tokens, *(values[chosen, :actions] for values in of_actions), self.slots[chosen])
+        names = ("rewards", "discounts", "ref_logprobs", "behaviour_logprobs")
+        of_actions = {name: getattr(self, name)[chosen, :actions] for name in names}
+        return PrefixBatch(tokens, slots=self.slots[chosen], **of_actions)
 
 
 def joined(batches: Sequence[PrefixBatch]) -> PrefixBatch:
