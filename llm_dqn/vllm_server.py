@@ -138,7 +138,8 @@ class VLLMServer:
             raise StepFailed(f"the vLLM server refused {path} ({error.code}): {said:.300}{cure}") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise StepFailed(f"no vLLM server answers at {self.url}: {reason}") from error
+            ours = "" if isinstance(self._address, str) else "; this run started it: see vllm.log in the run's folder"
+            raise StepFailed(f"no vLLM server answers at {self.url}: {reason}{ours}") from error
         try:
             return json.loads(text)
         except ValueError:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from llm_dqn.errors import UserError
+from llm_dqn.errors import StepFailed, UserError
 from llm_dqn.preflight import preflight
 from llm_dqn.recipe import RecipeError, load_recipe
 from llm_dqn.trainer import DQNTrainer
-from llm_dqn.vllm_launch import LocalServer, Served
+from llm_dqn.vllm_launch import LocalServer, Served, environment
+from llm_dqn.vllm_server import VLLMServer
 
 ROOT = Path(__file__).parents[1]
 COMPUTES = f'PYTHONPATH="{ROOT}" exec "{sys.executable}" -m tests.vllm_double "$@"'
@@ -110,6 +111,17 @@ def test_nothing_of_the_server_is_left_however_its_run_ends(stand_in, tmp_path, 
     assert all_gone(pids)
 
 
+def test_a_server_that_is_lost_later_leaves_nothing_and_fails_the_step(stand_in, tmp_path):
+    stand_in(ANSWERS)
+    server = VLLMServer(LocalServer(Served("m", 4, 16, 0.3), None, tmp_path / "vllm.log").start, str(tmp_path))
+    assert server.url.startswith("http://127.0.0.1:")
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    os.kill(pids[0], signal.SIGKILL)
+    assert all_gone(pids)
+    with pytest.raises(StepFailed, match=r"no vLLM server answers at .* this run started it: see vllm.log"):
+        server.complete(["m"], [[1]], {}, seed=0)
+
+
 def test_a_server_that_ends_early_or_never_answers_is_told_with_the_end_of_its_log(stand_in, tmp_path, monkeypatch):
     stand_in("echo no memory left; [ -e $HERE/slow ] && exec sleep 600; exit 3")
     server = LocalServer(Served("m", 4, 16, 0.3), None, tmp_path / "vllm.log")
@@ -143,8 +155,6 @@ def test_a_run_that_cannot_start_a_server_is_refused_before_anything_is_loaded(t
 
 
 def test_the_learners_gpu_is_the_only_one_that_the_server_sees(monkeypatch):
-    from llm_dqn.vllm_launch import environment
-
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert environment("org/model", 1)["CUDA_VISIBLE_DEVICES"] == "1"
