@@ -7,7 +7,7 @@ a target network costs megabytes. Without LoRA they are copies. This is the only
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -148,6 +148,23 @@ class AdapterRoles:
                 self._activate("default")
         else:
             yield plain
+
+    def low_rank(self, layer: nn.Module, role: Role) -> tuple[Callable[[Tensor], Tensor], Tensor] | None:
+        """An adapted linear layer's term beside its base, as (x (..., in) -> (..., r), weight (out, r)).
+
+        None where no plain LoRA of that role sits on it.
+        """
+        name = _ADAPTER_OF["target" if role == "target" and self.has_target else "online"]
+        if (
+            not isinstance(layer, LoraLinear)
+            or name not in layer.lora_A
+            or type(layer.get_base_layer()) is not nn.Linear
+        ):
+            return None
+        if layer.lora_variant.get(name) or layer.lora_bias.get(name) or layer.merged:
+            return None
+        down, drop, scale = layer.lora_A[name], layer.lora_dropout[name], layer.scaling[name]
+        return lambda x: down(drop(x.to(down.weight.dtype))) * scale, layer.lora_B[name].weight
 
     @property
     def trunk_is_frozen(self) -> bool:

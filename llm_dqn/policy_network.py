@@ -166,12 +166,16 @@ class PolicyNetwork(nn.Module):
         return chunk_for(self.device, self.num_tokens)
 
     def _output_rows(self, role: Role) -> OutputRows | None:
-        """The LM's output layer in that role; None where any role trains it or has an adapter on it.
+        """The LM's output layer in that role, without what an adapter adds; None where it is trained itself.
 
         All roles take one path, with or without gradient: where no reward is, their rounding errors must cancel.
         """
-        head = models.lm_head(self.roles.plain(role))
-        if not (self.has_adapter or self.roles.trunk_is_frozen) or type(head) is not nn.Linear:
+        head: nn.Module = models.lm_head(self.roles.plain(role))
+        if not (self.has_adapter or self.roles.trunk_is_frozen):
+            return None
+        if self._low_rank("online") is not None:
+            head = head.get_submodule("base_layer")
+        if type(head) is not nn.Linear:
             return None
         return OutputRows(
             weight=head.weight[: self.num_tokens],
@@ -180,11 +184,23 @@ class PolicyNetwork(nn.Module):
             dtype=torch.bfloat16 if self.bf16 else head.weight.dtype,
         )
 
+    def _low_rank(self, role: Role) -> tuple[Callable[[Tensor], Tensor], Tensor] | None:
+        """What an adapter on the output layer adds in that role: (hidden -> (N, r), (rows, r)); None without one."""
+        if not isinstance(self.roles, AdapterRoles) or role == "reference":
+            return None
+        return self.roles.low_rank(models.lm_head(self.roles.plain(role)), role)
+
     def _taken_logprobs(self, states: Tensor, tokens: TokenBatch, role: Role) -> Tensor:
         """(N,) log pi(a|s) of the taken actions."""
         actions, rows = tokens.actions[tokens.action_mask], self._output_rows(role)
         if rows is None:
             return taken_logprobs(states, actions, lambda hidden: self._acting_logits(hidden, role), self._chunk)
+        added = self._low_rank(role)
+        if added is not None:
+            down, up = added
+            with self._precision():
+                low = down(states).float()
+            return vocabulary.adapted_logprobs(states, low, actions, rows, up[: self.num_tokens].float())
         if self.kind == "lm" or role == "reference" or self._folded:
             return vocabulary.taken_logprobs(states, actions, rows)
         return self._linear_taken(states, actions, torch.arange(len(actions), device=actions.device), role)[1]

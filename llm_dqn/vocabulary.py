@@ -40,10 +40,13 @@ class OutputRows:
     def taken(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) logits of one token a position, from its row alone, and their gradients by the hidden state, (N, H)."""
         rows = self.weight[actions].to(self.dtype)
-        raw = torch.linalg.vecdot(hidden.to(self.dtype), rows).float()
-        raw = raw if self.bias is None else raw + self.bias[actions].float()
-        logits, slope = self.bent(raw)
+        logits, slope = self.bent(self.raw_of(hidden, actions))
         return logits, rows.float() if slope is None else slope.unsqueeze(-1) * rows.float()
+
+    def raw_of(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        """(N,) float32 of one token a position, before `postprocess`."""
+        raw = torch.linalg.vecdot(hidden.to(self.dtype), self.weight[actions].to(self.dtype)).float()
+        return raw if self.bias is None else raw + self.bias[actions].float()
 
     def bent(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         """What `postprocess` makes of raw logits, and its derivative at them; None where that is one."""
@@ -59,6 +62,15 @@ class OutputRows:
 def taken_logprobs(hidden: Tensor, actions: Tensor, rows: OutputRows) -> Tensor:
     """Log softmax(logits)[action] by an output layer that is not trained, (N, H), (N,) -> (N,)."""
     return _TakenLogprobs.apply(hidden, actions, rows)
+
+
+def adapted_logprobs(hidden: Tensor, low: Tensor, actions: Tensor, rows: OutputRows, up: Tensor) -> Tensor:
+    """Log softmax(h W^T + low up^T)[action] by an output layer with a trained term of low rank beside it.
+
+    (N, H), (N, r) float32, (N,), and `up` (V, r) float32 -> (N,).
+    """
+    keep = torch.is_grad_enabled() and (low.requires_grad or up.requires_grad)
+    return _AdaptedLogprobs.apply(hidden, low, up, actions, rows, keep)
 
 
 def log_normalizer(hidden: Tensor, rows: OutputRows | None, weight: Tensor | None = None, scale: float = 1) -> Tensor:
@@ -265,3 +277,63 @@ class _LinearTaken(torch.autograd.Function):
                 by_hidden.index_add_(0, places, pull)
         by_weight.index_add_(0, actions, grad_taken.unsqueeze(-1) * states)
         return None if by_hidden is None else by_hidden.to(hidden.dtype), by_weight, None, None, None, None, None
+
+
+class _AdaptedLogprobs(torch.autograd.Function):
+    """Goes over the tokens again in backward, as `_LinearTaken` does, and keeps as much.
+
+    The layer's own rows are multiplied a third time only where the hidden state wants a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, low: Tensor, up: Tensor, actions: Tensor, rows: OutputRows, keep: bool
+    ) -> Tensor:
+        ctx.kept, sums, room = [], [], KEPT
+        for part, thin in zip(_parts(hidden), _parts(low), strict=True):
+            room -= len(part) * len(up)
+            kept: list[_Shares] | None = [] if keep and room >= 0 and rows.postprocess is None else None
+            running = _RunningSum(part)
+            for tile in _Tiles(part, rows, None, 1.0):
+                logits, _ = rows.bent(_with_low_rank(rows, part, thin, up, tile))
+                running.add(logits)
+                if kept is not None:
+                    kept.append((logits, running.highest))
+            sums.append(running)
+            ctx.kept.append(kept or [])
+        highest, total = torch.cat([one.highest for one in sums]), torch.cat([one.total for one in sums])
+        logits, ctx.slope = rows.bent(rows.raw_of(hidden, actions) + torch.linalg.vecdot(low, up[actions]))
+        ctx.save_for_backward(hidden, low, up, actions, highest, total)
+        ctx.rows = rows
+        return logits - (total.log() + highest).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        hidden, low, up, actions, highest, total = ctx.saved_tensors
+        rows: OutputRows = ctx.rows
+        raised = (grad if ctx.slope is None else grad * ctx.slope).unsqueeze(1)
+        by_low = raised * up[actions]
+        by_up = torch.zeros_like(up).index_add_(0, actions, raised * low)
+        by_hidden = raised * rows.weight[actions].float() if ctx.needs_input_grad[0] else None
+        inputs = (hidden, low, highest, grad.unsqueeze(1) / total, by_low, hidden if by_hidden is None else by_hidden)
+        for *pieces, kept in zip(*(_parts(one) for one in inputs), ctx.kept, strict=True):
+            part, thin, top, share, pull_low, pull = pieces
+            for tile in _Tiles(part, rows, None, 1.0):
+                if kept:
+                    probs, so_far = kept.pop(0)
+                    probs.mul_((so_far - top).exp_().mul_(share))
+                else:
+                    logits, slope = rows.bent(_with_low_rank(rows, part, thin, up, tile))
+                    probs = logits.sub_(top).exp_().mul_(share)
+                    probs = probs if slope is None else probs.mul_(slope)
+                pull_low.addmm_(probs, up[tile], alpha=-1)
+                by_up[tile].addmm_(probs.T, thin, alpha=-1)
+                if by_hidden is not None:
+                    pull.sub_(probs.to(rows.dtype) @ rows.weight[tile].to(rows.dtype))
+        return None if by_hidden is None else by_hidden.to(hidden.dtype), by_low, by_up, None, None, None
+
+
+def _with_low_rank(rows: OutputRows, hidden: Tensor, low: Tensor, up: Tensor, tile: slice) -> Tensor:
+    """(N, tile) float32 logits of both terms, before `postprocess`."""
+    return rows.raw(hidden, tile.start, tile.stop).addmm_(low, up[tile].T)

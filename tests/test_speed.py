@@ -44,6 +44,25 @@ def test_taken_logprobs_and_their_gradient_equal_log_softmax(pieces, bend, bias)
     assert torch.allclose(gradient, naive, atol=1e-5)
 
 
+@pytest.mark.parametrize("bend", [None, lambda raw: 3 * torch.tanh(raw / 3)])
+@pytest.mark.parametrize("kept", [0, 4 * V, 2**20])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_adapted_output_layer_has_the_naive_gradient(pieces, monkeypatch, bend, kept, frozen):
+    """By the hidden state, where the trunk is tuned, and by both factors of the adapter."""
+    monkeypatch.setattr(vocabulary, "KEPT", kept)
+    hidden, weight, offset = tensors(N, H, scale=2), tensors(V, H, seed=1), tensors(V, seed=2)
+    down, up = tensors(3, H, seed=4).requires_grad_(), tensors(V, 3, seed=5).requires_grad_()
+    wanted = (down, up) if frozen else (down, up, hidden.requires_grad_())
+    actions, ahead = torch.arange(N) * 27, tensors(N, seed=3)
+    found = vocabulary.adapted_logprobs(hidden, hidden @ down.T, actions, OutputRows(weight, offset, bend), up)
+    gradients = torch.autograd.grad((found * ahead).sum(), wanted)
+    raw = hidden @ weight.T + offset + hidden @ down.T @ up.T
+    expected = (raw if bend is None else bend(raw)).log_softmax(-1)[torch.arange(N), actions]
+    assert torch.allclose(found, expected, atol=1e-5)
+    for gradient, naive in zip(gradients, torch.autograd.grad((expected * ahead).sum(), wanted), strict=True):
+        assert torch.allclose(gradient, naive, atol=1e-4, rtol=1e-5)
+
+
 def test_large_logits_neither_overflow_nor_vanish(pieces):
     """A running maximum that rises by hundreds from piece to piece."""
     hidden, weight = torch.ones(2, 1), torch.linspace(-900, 900, V).unsqueeze(1)
@@ -103,17 +122,36 @@ def test_soft_values_of_a_linear_head_are_those_of_the_rule(tiny_llama_path, pie
     assert one.values.abs().max() > 0.1
 
 
-def test_a_trained_or_adapted_output_layer_takes_the_other_path_to_the_same_numbers(tiny_llama_path, pieces):
+def test_a_trained_or_adapted_output_layer_comes_to_the_same_numbers(tiny_llama_path, pieces):
     """LoRA on the output layer, fresh and therefore without effect, against the layer alone."""
     plain = network(tiny_llama_path)
     adapted = network(tiny_llama_path, lora=lora(target_modules=["q_proj", "lm_head"]))
+    strange = network(tiny_llama_path, lora=lora(target_modules=["q_proj", "lm_head"], use_dora=True))
     whole = network(tiny_llama_path, lora=None)
     batch = batch_of(plain)
     expected = plain(batch).logprobs
-    assert plain._output_rows("online") is not None
-    for net in (adapted, whole):
+    for net in (plain, adapted):
+        assert net._output_rows("online") is not None
+    for net in (strange, whole):
         assert net._output_rows("online") is None
+    for net in (adapted, strange, whole):
         assert torch.allclose(net(batch).logprobs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("role", ["online", "target", "reference"])
+def test_an_adapted_output_layer_says_what_the_model_itself_says(build_model, pieces, architecture, role):
+    net = network(build_model(architecture), lora=lora(target_modules=["q_proj", "lm_head"]))
+    shake(net, 0.2)
+    net.sync_target(0.5)
+    batch = batch_of(net)
+    with torch.no_grad(), net.roles.acting_as(role) as plain:
+        logits = plain(batch.tokens.input_ids, attention_mask=batch.tokens.attention_mask).logits
+    found = net.logprobs(batch.tokens, role)
+    for row, (prompt, completion) in enumerate(EPISODES):
+        states = logits[row, len(prompt) - 1 : len(prompt) - 1 + len(completion), : net.num_tokens].log_softmax(-1)
+        expected = states[torch.arange(len(completion)), completion]
+        assert torch.allclose(found[row, : len(completion)], expected, atol=1e-5)
 
 
 def test_log_probabilities_of_a_linear_head_only_where_they_are_asked_for(tiny_llama_path):
