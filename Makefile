@@ -45,6 +45,7 @@ format: $(STAMP)  ## rewrite the code as `make check` wants it
 bench: $(STAMP)  ## the fast benchmarks: updates, rollouts, replay, where time goes, and every textbook switch
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
 	$(RUN) $(BIN)/python -m benchmarks.update --quick
+	$(RUN) $(BIN)/python -m benchmarks.head_only --quick
 	$(RUN) $(BIN)/python -m benchmarks.scaling
 	$(RUN) $(BIN)/python -m benchmarks.rollout --quick
 	$(RUN) $(BIN)/python -m benchmarks.replay --quick

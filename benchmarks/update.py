@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.tables import publish
 from benchmarks.textbook import machine
@@ -71,15 +71,21 @@ def batch(tokens: int, episodes: int, prompt: int, completion: int) -> PrefixBat
 
 
 def ours(tokens: int, layers: int, settings: dict[str, Any]) -> Step:
-    """An update as training makes it: targets by the target network, the loss with all its terms, clipping, AdamW."""
-    args = DQNConfig(output_dir="unused", learning_rate=1e-4, **settings)
-    lora = lora_config(16, 32, 0.0, "all-linear")
+    """An update as training makes it, by adapters in all layers."""
+    return learning(model(tokens, layers), tokens, settings)[1]
+
+
+def learning(
+    base: PreTrainedModel, tokens: int, settings: dict[str, Any], modules: str | list[str] = "all-linear"
+) -> tuple[QNetwork, Step]:
+    """A network and its update: targets by the target network, the loss with all its terms, clipping, AdamW."""
+    args = DQNConfig(**({"output_dir": "unused", "learning_rate": 1e-4} | settings))
     network = QNetwork(
-        model(tokens, layers),
+        base,
         tokens,
         q_head=args.q_head,
         beta=args.beta,
-        lora=lora,
+        lora=lora_config(16, 32, 0.0, modules),
         target=args.target,
         backup=assembly.backup_rule(args),
         bf16=args.bf16,
@@ -102,7 +108,7 @@ def ours(tokens: int, layers: int, settings: dict[str, Any]) -> Step:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return network, step
 
 
 def variant(name: str, tokens: int, layers: int) -> Step:
