@@ -213,7 +213,7 @@ def test_case_05_no_manifest_or_a_broken_one(run: SmallRun) -> None:
     """Without a manifest that can be read nothing is vouched for."""
     file = newest_of(run) / "manifest.json"
     text = file.read_text()
-    for content in (text[: len(text) // 2], "", "[]", "{}", "[" * 100_000, '{"format_version": 2}', "\x00"):
+    for content in (text[: len(text) // 2], "", "[]", "{}", "[" * 100_000, '{"format_version": 3}', "\x00"):
         file.write_text(content)
         assert "manifest.json " in passed_over(run) and "manifest.json " in refused(newest_of(run))
     file.unlink()
