@@ -1,9 +1,9 @@
 """What is run: tuning with the same budget for everyone, then several seeds of the chosen configuration."""
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 from benchmarks.learning.cells import Cell, logged_rows
@@ -16,7 +16,8 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured. Tasks whose completions take long get a part of the three amounts, see `Task.costs`.
+    """What is to be measured. Tasks whose completions take long get a part of the three amounts, see `Task.costs`, and
+    three seeds of five.
 
     tasks, methods: names, in the order of the tables. configurations: how many of each grid are tried. tuning: scored
     completions (updates on logged data) of a tuning run. budget, reference: the same of a test run of llm_dqn and of a
@@ -36,6 +37,10 @@ class Plan:
         """Of `tuning`, `budget` or `reference`, what this task gets."""
         return getattr(self, kind) // TASKS[task].costs
 
+    def seeds_of(self, task: str) -> int:
+        """How many runs of a method on this task."""
+        return self.seeds if TASKS[task].costs == 1 else math.ceil(self.seeds * 3 / 5)
+
 
 def is_ours(method: str) -> bool:
     return method.startswith("ours")
@@ -43,7 +48,7 @@ def is_ours(method: str) -> bool:
 
 def spread(grid: Sequence[Settings], count: int) -> list[Settings]:
     """`count` configurations from all over the grid: every fifth of twelve meets all choices soon."""
-    stride = next(step for step in (5, 7, 1) if gcd(step, len(grid)) == 1)
+    stride = next(step for step in (5, 7, 1) if math.gcd(step, len(grid)) == 1)
     return [grid[number * stride % len(grid)] for number in range(min(count, len(grid)))]
 
 
@@ -90,7 +95,7 @@ def best(results: Sequence[Result]) -> Settings:
 def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
     first = 128 if REGIMES[plan.regime].online else 25
     marks = doubling(first, plan.amount("budget" if is_ours(method) else "reference", task))
-    return [Cell(task, plan.regime, method, dict(settings), seed, "test", marks) for seed in range(plan.seeds)]
+    return [Cell(task, plan.regime, method, dict(settings), seed, "test", marks) for seed in range(plan.seeds_of(task))]
 
 
 def tune(plan: Plan, store: Store, task: str, method: str, pool: Executor | None = None) -> Settings:

@@ -40,6 +40,11 @@ def _settings(result: Result) -> str:
     return ", ".join(f"{key} {value}" for key, value in told.items()) or "as shipped"
 
 
+def _seeds(plan: Plan, results: Results) -> str:
+    fewer = [task for task in results if plan.seeds_of(task) < plan.seeds]
+    return f"{plan.seeds} seeds" + (f" ({', '.join(fewer)}: {plan.seeds_of(fewer[0])})" if fewer else "")
+
+
 def table(plan: Plan, results: Results, command: str) -> str:
     """Markdown: how it was measured, a row a task and method, and what the rows come to."""
     unit = "scored completions" if REGIMES[plan.regime].online else "updates on 2,000 logged base completions"
@@ -48,7 +53,7 @@ def table(plan: Plan, results: Results, command: str) -> str:
     heads = ["task", "method", *(f"score at {mark:,}" for mark in marks), "at the last mark", "worst seed"]
     heads += ["reward, sampled", "greedy", "KL a token", "distinct-2", f"{steps} to 50 %", "to 90 %", "CPU s"]
     lines = [
-        f"`{command}`: {plan.seeds} seeds; tuned methods chose among {plan.configurations} configurations of "
+        f"`{command}`: {_seeds(plan, results)}; tuned methods chose among {plan.configurations} configurations of "
         f"{plan.tuning:,} {unit} on tuning prompts; {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
         f"torch {torch.__version__}. Score: exact probability of a right completion; of reviews and letters the mean "
         "reward of sampled ones. Means over seeds (95 % bootstrap); 50 % and 90 % are shares of what the best peer "

@@ -11,6 +11,7 @@ from benchmarks.learning.protocol import Plan, is_ours, score
 from benchmarks.learning.search import PARTS
 
 COSTS = (0.0, 0.1, 1.0)  # seconds that a reward call takes
+WITHOUT_GROUPS = ("filtered", "reinforce")
 RULES = {"sample": "any", "value": "V", "log_ratio": "sum of Q - V", "likelihood": "likelihood", "oracle": "the best"}
 
 
@@ -20,15 +21,15 @@ def verdicts(plan: Plan, results: Results) -> list[str]:
     for ours in (name for name in plan.methods if is_ours(name)):
         label = REGIMES[plan.regime].methods[ours].label
         for which, mark in enumerate(("50 %", "90 %")):
-            found = {task: ratio(methods, ours, which) for task, methods in results.items()}
-            known = {task: value for task, value in found.items() if value is not None}
-            if known:
-                each = ", ".join(f"{task} {value}" for task, value in known.items())
-                mean = geometric_mean([value.value for value in known.values()])
-                lines.append(
-                    f"{label}, {mark}: the best peer needs {mean:.2f} times as much (geometric mean; {each}; > or <: "
-                    "one of the two never got there and counts with all it was given)."
-                )
+            lines += _ratios(results, ours, which, f"{label}, {mark}: the best peer needs")
+        if REGIMES[plan.regime].online:
+            alone = {
+                task: {name: seeds for name, seeds in methods.items() if is_ours(name) or name in WITHOUT_GROUPS}
+                for task, methods in results.items()
+            }
+            lines += _ratios(alone, ours, 1, f"{label}, one completion a prompt, no groups, 90 %: the best peer needs")
+            said = f"{label}, 90 %, seconds where a reward call takes one: the best peer needs"
+            lines += _ratios(results, ours, 1, said, cost=1.0)
         leads = {task: lead(methods, ours) for task, methods in results.items()}
         told = [f"{task} {x:+.3f} ({a:+.3f} to {b:+.3f})" for task, (x, a, b) in _known(leads).items()]
         if told:
@@ -36,6 +37,16 @@ def verdicts(plan: Plan, results: Results) -> list[str]:
         if not REGIMES[plan.regime].online:
             lines += _drift(results, ours, label)
     return [f"- {line}" for line in lines]
+
+
+def _ratios(results: Results, ours: str, which: int, said: str, cost: float | None = None) -> list[str]:
+    found = _known({task: ratio(methods, ours, which, cost) for task, methods in results.items()})
+    if not found:
+        return []
+    each = ", ".join(f"{task} {value}" for task, value in found.items())
+    mean = geometric_mean([value.value for value in found.values()])
+    why = "> or <: one of the two never got there and counts with all it was given"
+    return [f"{said} {mean:.2f} times as much (geometric mean; {each}; {why})."]
 
 
 def _known(found: dict[str, Any]) -> dict[str, Any]:
