@@ -9,7 +9,7 @@ from llm_dqn import losses
 from llm_dqn.assembly import Parts
 from llm_dqn.logbook import Logbook
 from llm_dqn.memory import Attempt, RanOutTogether
-from llm_dqn.numerics import NonFiniteSteps, all_finite, faulty_rows
+from llm_dqn.numerics import NonFiniteSteps, all_finite, denormals_are_zero, faulty_rows
 from llm_dqn.processes import Processes
 from llm_dqn.reduction import sum_gradients
 from llm_dqn.sharding import clip_gradients, is_share
@@ -45,6 +45,7 @@ class Learner:
         self.max_grad_norm, self.prioritized = max_grad_norm, prioritized
         self.advantage_weight, self.expectile, self.cql_weight = advantage_weight, expectile, cql_weight
 
+    @denormals_are_zero()
     def update(self, step: int, batches: Sequence[PrefixBatch], td_target: Callable[[PrefixBatch], TDTarget]) -> None:
         """One optimizer step on a mean over all action tokens of the batches, on all processes.
 

@@ -21,6 +21,7 @@ from llm_dqn.adapters import AdapterRoles, CopyRoles, LoraConfig, Role, targets_
 from llm_dqn.errors import UserError
 from llm_dqn.heads import ActingHead, LinearQHead, ValueHead, chunk_for, reduce_states, taken_logprobs
 from llm_dqn.hidden_cache import HiddenCache
+from llm_dqn.numerics import denormals_are_zero
 from llm_dqn.states import action_states, spread
 from llm_dqn.types import TokenBatch
 from llm_dqn.vocabulary import OutputRows
@@ -126,6 +127,7 @@ class PolicyNetwork(nn.Module):
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False
             ).last_hidden_state
 
+    @denormals_are_zero()  # wherever it is asked for
     @torch.no_grad()
     def _frozen_states(self, ids: Tensor) -> Tensor:
         """(B, n) unpadded ids -> (B, n, H) of a trunk that is the same in every role."""

@@ -239,3 +239,20 @@ def test_accumulated_batches_are_dealt_by_length_and_teach_the_same(tiny_llama_p
     for one, other in zip(*gradients, strict=True):
         assert one is other is None or torch.allclose(one, other, atol=1e-5)
     assert np.allclose(*priorities, atol=1e-6) and len(set(priorities[0].round(4))) == 4
+
+
+def test_numbers_too_small_to_matter_are_zero_while_a_step_is_taken_and_only_then(tiny_llama_path, tmp_path):
+    rows = [{"prompt": "the film"}, {"prompt": "i hated"}]
+    args = DQNConfig(output_dir=str(tmp_path), prompts_per_collect=4, learning_starts=4, max_completion_length=4)
+    run = DQNTrainer(tiny_llama_path, lambda completions, **_: [1.0] * len(completions), args, rows, peft_config=lora())
+    run.collect()
+    seen, step = [], run.parts.optimizer.step
+    run.parts.optimizer.step = lambda: seen.append(float(torch.tensor(1e-39) * 0.5)) or step()
+    run.update([run.sample()])
+    assert seen == [0.0] and float(torch.tensor(1e-39) * 0.5) > 0
+    torch.set_flush_denormal(True)
+    try:
+        run.update([run.sample()])
+        assert float(torch.tensor(1e-39) * 0.5) == 0.0  # whoever wants it so keeps it
+    finally:
+        torch.set_flush_denormal(False)
