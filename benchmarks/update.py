@@ -32,7 +32,6 @@ from benchmarks.textbook import machine
 from benchmarks.update_peers import PEERS
 from llm_dqn import assembly
 from llm_dqn.adapters import lora_config
-from llm_dqn.learner import Learner
 from llm_dqn.network import QNetwork
 from llm_dqn.recipe import DQNConfig
 from llm_dqn.replay import PrefixReplay
@@ -93,16 +92,14 @@ def learning(
     network.start_values_at(0.5)
     optimizer = assembly.optimizer_for(network, args)
     returns, trainable = assembly.returns_rule(args), [p for p in network.parameters() if p.requires_grad]
-    learner = Learner.__new__(Learner)  # its loss needs these alone
-    learner.parts = argparse.Namespace(model=network, network=network, td_loss=assembly.loss_rule(args))  # type: ignore[assignment]
-    learner.advantage_weight, learner.expectile, learner.cql_weight = args.advantage_weight, None, 0.0
+    objective = assembly.objective_of(args)
 
     def step(batch: PrefixBatch) -> None:
         q = network.target(batch)
         aim = returns(batch, q)
         target = TDTarget(aim, (aim - q.values) * batch.action_mask, q.taken)
         weight = target.advantages.clamp(min=0).sum()
-        loss, _ = learner.loss(batch, target, batch.action_mask.sum(), weight)
+        loss, _ = objective(network, batch, target, batch.action_mask.sum(), weight)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)
         optimizer.step()

@@ -16,6 +16,7 @@ from llm_dqn.adapters import LoraConfig, lora_facts
 from llm_dqn.errors import UserError
 from llm_dqn.launch import accelerator_for
 from llm_dqn.network import Backup, QNetwork
+from llm_dqn.objective import LossRule, Objective
 from llm_dqn.recipe import FLAT_SECTIONS, DQNConfig, Recipe, dump_recipe, with_resolved_paths
 from llm_dqn.reduction import share_from_first
 from llm_dqn.replay import PrefixReplay, SamplingRule
@@ -27,7 +28,6 @@ from llm_dqn.vllm_launch import LocalServer, Served
 from llm_dqn.vllm_server import VLLMServer
 
 ReturnsRule = Callable[[PrefixBatch, QOutput], Tensor]  # (batch, target network's output) -> td_target (B, T)
-LossRule = Callable[[QOutput, Tensor, PrefixBatch, Tensor], Tensor]  # (online, td_target, batch, count) -> scalar
 
 ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
 # LoRA's factors start at zero and bear rates that wreck whole weights.
@@ -66,7 +66,7 @@ class Parts:
     eval_prompts: list[Prompt]
     lora: LoraConfig | None
     returns: ReturnsRule
-    td_loss: LossRule
+    objective: Objective
     epsilon: schedules.Schedule
 
     @property
@@ -202,7 +202,7 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         eval_prompts=inputs.eval_prompts,
         lora=inputs.lora,
         returns=returns_rule(args),
-        td_loss=loss_rule(args),
+        objective=objective_of(args),
         epsilon=schedules.linear(args.epsilon.start, args.epsilon.end, args.epsilon.steps),
     )
 
@@ -311,6 +311,11 @@ def loss_rule(args: DQNConfig) -> LossRule:
     if args.q_head == "lm":
         return dueling
     return lambda q, target, batch, count: losses.td_loss(q.taken, target, batch.action_mask, count, error_fn)
+
+
+def objective_of(args: DQNConfig) -> Objective:
+    """What is learned: the TD error and the terms beside it."""
+    return Objective(loss_rule(args), args.advantage_weight, args.expectile, args.cql_weight)
 
 
 def sampling_rule(args: DQNConfig) -> SamplingRule:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llm_dqn import losses
 from llm_dqn.assembly import Parts
 from llm_dqn.logbook import Logbook
 from llm_dqn.memory import Attempt, RanOutTogether
@@ -22,7 +21,6 @@ class Learner:
 
     stop: what this process was asked; `stopping` says after each step whether any of them was.
     max_grad_norm: longer gradients are scaled down to this. prioritized: errors become priorities of the replay.
-    advantage_weight, expectile, cql_weight: terms beside the TD error, see `losses`; 0 or None leaves them out.
     """
 
     def __init__(
@@ -35,15 +33,11 @@ class Learner:
         *,
         max_grad_norm: float,
         prioritized: bool,
-        advantage_weight: float,
-        expectile: float | None,
-        cql_weight: float,
     ) -> None:
         self.parts, self.logbook, self.processes, self.nonfinite = parts, logbook, processes, nonfinite
         self.accelerator, self.stop, self.stopping = parts.accelerator, stop, False
         self.clip = clip_gradients if parts.sharded else parts.accelerator.clip_grad_norm_
         self.max_grad_norm, self.prioritized = max_grad_norm, prioritized
-        self.advantage_weight, self.expectile, self.cql_weight = advantage_weight, expectile, cql_weight
 
     @denormals_are_zero()
     def update(self, step: int, batches: Sequence[PrefixBatch], td_target: Callable[[PrefixBatch], TDTarget]) -> None:
@@ -78,7 +72,7 @@ class Learner:
         """Adds this process's part of the gradient; the outputs, and () bool: whether all losses can be used."""
         losses_here, outputs = [], []
         for batch, target in zip(batches, td_targets, strict=True):
-            loss, q = self.loss(batch, target, count, weight)
+            loss, q = self.parts.objective(self.parts.network, batch, target, count, weight)
             self.accelerator.backward(loss)
             losses_here.append(loss)
             outputs.append(q)
@@ -125,18 +119,3 @@ class Learner:
             return f"Q or its target is not finite for the replay's slots {', '.join(found)}"
         drawn = sorted({int(slot) for batch in batches for slot in batch.slots})
         return f"loss or gradient is not finite, or no token is left, in a batch of the replay's slots {drawn[:8]} ..."
-
-    def loss(self, batch: PrefixBatch, target: TDTarget, count: Tensor, weight: Tensor) -> tuple[Tensor, QOutput]:
-        """The TD loss with the terms beside it that the settings ask for, and the online Q-values behind it."""
-        mask = batch.action_mask
-        raised = target.advantages > 0 if self.advantage_weight > 0 else torch.zeros_like(mask)
-        q = self.parts.network(batch, raised, self.cql_weight > 0)
-        loss = self.parts.td_loss(q, target.returns, batch, count)
-        if self.advantage_weight > 0:
-            raised = losses.advantage_weighted_nll(q.logprobs, target.advantages.clamp(min=0), mask, weight)
-            loss = loss + self.advantage_weight * raised
-        if self.expectile is not None:
-            loss = loss + losses.expectile_loss(q.values, target.q_taken, mask, count, self.expectile)
-        if q.normalizers is not None:
-            loss = loss + self.cql_weight * losses.conservative_loss(q.normalizers, q.taken, mask, count)
-        return loss, q

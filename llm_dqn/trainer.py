@@ -118,9 +118,6 @@ class DQNTrainer(Intake):
             self.stop,
             max_grad_norm=args.max_grad_norm,
             prioritized=args.prioritized,
-            advantage_weight=args.advantage_weight,
-            expectile=args.expectile,
-            cql_weight=args.cql_weight,
         )
         self.q_alarm = QAlarm(args.beta, say)
         self.writing = writing_batch(parts.writer.batch_size, say)

@@ -33,7 +33,8 @@ MUTANTS = [
     ("targets", "return torch.where(goes_on, shifted, next_values)", "return shifted"),
     ("losses", "return -weighted /", "return weighted /"),
     ("losses", "torch.where(mask, values, 0.0).sum()", "values.sum()"),
-    ("losses", "td_target, mask, count, error_fn) / beta", "td_target, mask, count, error_fn) * beta"),
+    ("losses", "weights * policy_error, mask, count) / beta", "weights * policy_error, mask, count) * beta"),
+    ("losses", "(now.detach() - written).exp()", "(written - now.detach()).exp()"),
     ("losses", "torch.where(error < 0, 1 - expectile, expectile)", "torch.where(error > 0, 1 - expectile, expectile)"),
     ("states", "return _pick(hidden, tokens.prompt_lengths - 1, tokens.action_mask)",
      "return _pick(hidden, tokens.prompt_lengths, tokens.action_mask)"),
@@ -57,8 +58,9 @@ MUTANTS = [
     ("policy", "scores[:, self.num_tokens :] = float(\"-inf\")", "pass"),
     ("trainer", "(returns - q.values) * batch.action_mask", "(q.values - returns) * batch.action_mask"),
     ("trainer", "self.network.sync_target(self.args.target_tau)", "pass"),
-    ("learner", "loss * self.accelerator.num_processes", "loss"),
-    ("learner", "~all_finite([norm, *checked]) | (count == 0)", "count == 0"),
+    ("learner", "if usable & norm.isfinite():", "if usable:"),
+    ("learner", "all_finite(losses_here) & (count > 0)", "count > 0"),
+    ("objective", "loss + self.advantage_weight * imitation", "loss - self.advantage_weight * imitation"),
     ("evaluation", "float(t.reward > b.reward)", "float(t.reward < b.reward)"),
 ]  # fmt: skip
 

@@ -48,7 +48,7 @@ def main(path: str, folder: str) -> None:
     def learn(batch) -> float:
         network.zero_grad()
         target = run.td_target(batch)
-        loss, _ = run.learner.loss(batch, target, count, weight)
+        loss, _ = run.parts.objective(network, batch, target, count, weight)
         loss.backward()
         return loss.item()
 

@@ -24,7 +24,7 @@ judging inputs
 assembly score_rows logbook hub replay_browser exchange
 bundle saver
 evaluation scoring checkpoint launch card opening sharding
-rollout strength
+rollout strength objective
 engines
 network rewards
 policy_network
