@@ -180,6 +180,12 @@ def test_the_best_peer_sets_the_marks():
     assert figures.lead(methods, "ours")[0] == pytest.approx(0.4)
 
 
+def test_tuning_compares_at_the_same_marks():
+    often = result([0.3, 0.35, 0.4], ats=(32, 64, 128)) | {"settings": {"name": "often"}, "marks": (32, 64, 128)}
+    seldom = result([0.4, 0.5], ats=(64, 128)) | {"settings": {"name": "seldom"}, "marks": (32, 64, 128)}
+    assert protocol.best([often, seldom]) == {"name": "seldom"}
+
+
 def test_every_tuned_method_has_the_same_number_of_configurations():
     for regime in REGIMES.values():
         for name, method in regime.methods.items():

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from benchmarks.learning.protocol import Result, is_ours, score
+from benchmarks.learning.protocol import Result, at_mark, is_ours, score
 
 Results = dict[str, dict[str, list[Result]]]  # task -> method -> seeds
 RESAMPLES = 4000
@@ -23,11 +22,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def mean_score(results: Sequence[Result], index: int = -1) -> float:
     return float(np.mean([score(result["points"][index]) for result in results]))
-
-
-def at_mark(result: Result, mark: int) -> dict[str, Any]:
-    """The point at a mark, the first one after it, or the last."""
-    return next((point for point in result["points"] if point["at"] >= mark), result["points"][-1])
 
 
 def reached(result: Result, threshold: float, along: str = "at") -> float:

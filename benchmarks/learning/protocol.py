@@ -66,6 +66,11 @@ def score(point: dict[str, Any]) -> float:
     return point.get("exact", point["reward"])
 
 
+def at_mark(result: Result, mark: int) -> dict[str, Any]:
+    """The point at a mark, the first one after it, or the last."""
+    return next((point for point in result["points"] if point["at"] >= mark), result["points"][-1])
+
+
 def tuning_cells(plan: Plan, task: str, method: str) -> list[Cell]:
     grid = REGIMES[plan.regime].methods[method].grid
     if len(grid) == 1:
@@ -88,8 +93,11 @@ def attempt(plan: Plan, store: Store, settings: Settings, pool: Executor | None 
 
 
 def best(results: Sequence[Result]) -> Settings:
-    """The settings with the highest score, the mean over the three marks of the tuning run: early and late count."""
-    return max(results, key=lambda result: sum(map(score, result["points"])))["settings"]
+    """The settings with the highest score, the mean over the three marks of the tuning run: early and late count.
+
+    Who collects more at a time than the first mark is looked at later, and counts with that.
+    """
+    return max(results, key=lambda one: sum(score(at_mark(one, mark)) for mark in one["marks"]))["settings"]
 
 
 def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
