@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from llm_dqn import reduction
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.lock import RunLock
+from llm_dqn.types import PrefixBatch
 from tests.test_trainer import letters, trainer
 
 FEW = {"learning_starts": 4, "per_device_train_batch_size": 4, "eval_steps": 0, "final_eval_prompts": 2}
@@ -141,19 +143,22 @@ def starved(run: Any, place: str, until: float) -> list[tuple[int, int]]:
 
     Returns what grows to (step, rows) of each piece; `place` is td_target, in which no gradient flows, or the loss.
     """
-    holder = run if place == "td_target" else run.learner
-    work, pieces = getattr(holder, place), []
+    work = run.td_target if place == "td_target" else run.parts.objective
+    pieces: list[tuple[int, int]] = []
 
-    def starving(batch: Any, *given: Any) -> Any:
-        rows = len(batch.slots)
+    def starving(*given: Any) -> Any:
+        rows = next(len(one.slots) for one in given if isinstance(one, PrefixBatch))
         second = bool(pieces) and pieces[-1] == (run.step, rows)
         pieces.append((run.step, rows))
-        result = work(batch, *given)
+        result = work(*given)
         if run.step == 1 and rank_of(run) == 1 and rows > until and second:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return result
 
-    setattr(holder, place, starving)
+    if place == "td_target":
+        run.td_target = starving
+    else:
+        run.learner.parts = replace(run.parts, objective=starving)
     return pieces
 
 
