@@ -42,7 +42,9 @@ def _settings(result: Result) -> str:
 
 def _seeds(plan: Plan, results: Results) -> str:
     fewer = [task for task in results if plan.seeds_of(task) < plan.seeds]
-    return f"{plan.seeds} seeds" + (f" ({', '.join(fewer)}: {plan.seeds_of(fewer[0])})" if fewer else "")
+    return f"{plan.seeds} seeds" + (
+        f" ({', '.join(fewer)}: {plan.seeds_of(fewer[0])}, and a quarter of all amounts)" if fewer else ""
+    )
 
 
 def table(plan: Plan, results: Results, command: str) -> str:
