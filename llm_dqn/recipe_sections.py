@@ -97,7 +97,7 @@ class EpsilonSection(Section):
     start: Share = Field(default=1.0, description="Share at step 0.")
     end: Share = Field(default=0.05, description="Share from `steps` on; at most start.")
     steps: Annotated[Int, Field(ge=0)] = Field(
-        default=32, description="Learner steps that the fall takes; 0 = end at once."
+        default=4, description="Learner steps that the fall takes; 0 = end at once."
     )
 
 

@@ -20,7 +20,7 @@ POSITIONS = 512  # swept together: enough to keep the arithmetic units busy
 # Logits held at a time: on a processor what its cache holds, elsewhere what keeps launches few.
 HELD_ON_CPU, HELD_ELSEWHERE = 2**19, 2**25
 FEWEST_TOKENS = 256  # a product of fewer rows is slow
-KEPT = 2**26  # numbers that one update keeps from forward to backward at most; beyond them it computes again
+KEPT = 2**24  # numbers that one update keeps from forward to backward at most; beyond them it computes again
 
 
 @dataclass(frozen=True)

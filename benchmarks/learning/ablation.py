@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "success share 0.9": {"success_share": 0.9},
     "prioritised replay": {"success_share": 0.0, "prioritized": True},
     "replay of 256": {"capacity": 256},
-    "own completions from the start": {"epsilon": {"start": 0.05, "end": 0.05, "steps": 0}},
+    "epsilon 1 to 0.05 in 32 steps": {"epsilon": {"start": 1.0, "end": 0.05, "steps": 32}},
     "4 completions a prompt": {"num_generations": 4, "prompts_per_collect": 16},
     "target lags the head only": {"target": "head"},
     "hard max over the prior's top 8": {"backup": "max", "support_top_k": 8},
