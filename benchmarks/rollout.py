@@ -38,7 +38,7 @@ from llm_dqn.types import Prompt
 
 MODELS = ("Qwen2.5-0.5B, 2 layers", "quickstart")
 ROWS, PROMPT, COMPLETION, TOKENS = 16, 16, 16, 32_000
-EPSILON = 0.05  # the default share of completions that the base model writes, from step 32 on
+EPSILON = 0.05  # the default share of completions that the base model writes, from step 4 on
 OURS = "engine generate"
 
 

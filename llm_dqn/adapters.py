@@ -292,23 +292,25 @@ class CopyRoles:
             for old, new in zip(self._target.parameters(), self.model.parameters(), strict=True):
                 old.lerp_(new, tau) if tau < 1 else old.copy_(new)
 
-    def state(self) -> dict[str, Tensor]:
-        """Online and target weights, keys prefixed by their role; tied weights once, frozen ones never."""
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """What training changes, keys prefixed by their role; tied weights once, frozen ones never."""
         parts = {} if self.trunk_is_frozen else {"online": self.model, "target": self._target}
         return {
-            f"{role}.{name}": value.detach()
+            f"{role}.{name}": parameter
             for role, model in parts.items()
             if model is not None
-            for name, value in model.named_parameters()
+            for name, parameter in model.named_parameters()
         }
+
+    def state(self) -> dict[str, Tensor]:
+        """Online and target weights, see `_weights`."""
+        return {name: parameter.detach() for name, parameter in self._weights().items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Puts the weights back."""
-        for role, model in {"online": self.model, "target": self._target}.items():
-            if model is not None and not self.trunk_is_frozen:
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(state[f"{role}.{name}"])
+        for name, parameter in self._weights().items():
+            parameter.copy_(state[name])
 
     def save(self, folder: Path) -> None:
         """A plain Hugging Face model."""

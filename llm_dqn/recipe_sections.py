@@ -96,6 +96,7 @@ class EpsilonSection(Section):
 
     start: Share = Field(default=1.0, description="Share at step 0.")
     end: Share = Field(default=0.05, description="Share from `steps` on; at most start.")
+    # Over by the trust region's first look: a collection that it asks for is to be by the policy of then.
     steps: Annotated[Int, Field(ge=0)] = Field(
         default=4, description="Learner steps that the fall takes; 0 = end at once."
     )

@@ -40,12 +40,12 @@ class OutputRows:
     def taken(self, hidden: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) logits of one token a position, from its row alone, and their gradients by the hidden state, (N, H)."""
         rows = self.weight[actions].to(self.dtype)
-        logits, slope = self.bent(self.raw_of(hidden, actions))
+        logits, slope = self.bent(self.raw_of(hidden, actions, rows))
         return logits, rows.float() if slope is None else slope.unsqueeze(-1) * rows.float()
 
-    def raw_of(self, hidden: Tensor, actions: Tensor) -> Tensor:
-        """(N,) float32 of one token a position, before `postprocess`."""
-        raw = torch.linalg.vecdot(hidden.to(self.dtype), self.weight[actions].to(self.dtype)).float()
+    def raw_of(self, hidden: Tensor, actions: Tensor, rows: Tensor) -> Tensor:
+        """(N,) float32 of one token a position, before `postprocess`; `rows` (N, H) are those of the tokens."""
+        raw = torch.linalg.vecdot(hidden.to(self.dtype), rows).float()
         return raw if self.bias is None else raw + self.bias[actions].float()
 
     def bent(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -302,7 +302,9 @@ class _AdaptedLogprobs(torch.autograd.Function):
             sums.append(running)
             ctx.kept.append(kept or [])
         highest, total = torch.cat([one.highest for one in sums]), torch.cat([one.total for one in sums])
-        logits, ctx.slope = rows.bent(rows.raw_of(hidden, actions) + torch.linalg.vecdot(low, up[actions]))
+        logits, ctx.slope = rows.bent(
+            rows.raw_of(hidden, actions, rows.weight[actions].to(rows.dtype)) + torch.linalg.vecdot(low, up[actions])
+        )
         ctx.save_for_backward(hidden, low, up, actions, highest, total)
         ctx.rows = rows
         return logits - (total.log() + highest).squeeze(1)

@@ -72,9 +72,7 @@ def table(plan: Plan, results: Results, command: str) -> str:
         limits = thresholds(methods)
         for method, seeds in methods.items():
             ends = [result["points"][-1] for result in seeds]
-            cells = [
-                _span([score(at_mark(result, mark) or result["points"][-1]) for result in seeds]) for mark in marks
-            ]
+            cells = [_span([score(at_mark(result, mark)) for result in seeds]) for mark in marks]
             cells += [f"{_span([score(point) for point in ends])} at {ends[0]['at']:,}", f"{min(map(score, ends)):.3f}"]
             needs = ["", ""] if limits is None else [_needed(seeds, limit) for limit in limits]
             label = f"{REGIMES[plan.regime].methods[method].label} ({_settings(seeds[0])})"
