@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from llm_dqn import data, losses, models, replay, schedules, targets
 from llm_dqn.adapters import LoraConfig, lora_facts
+from llm_dqn.early_stopping import EarlyStopping, kept_apart, mean_reward
 from llm_dqn.errors import UserError
 from llm_dqn.launch import accelerator_for
 from llm_dqn.network import Backup, QNetwork
@@ -33,6 +35,7 @@ ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
 # LoRA's factors start at zero and bear rates that wreck whole weights.
 LEARNING_RATE, FULL_LEARNING_RATE = 2.5e-4, 1e-4
 FROM_PYTHON = "given from Python"  # the data of a run whose prompts and rewards are objects of a script
+HOLD_OUT = 5  # name of a random stream
 HELD_OUT = 64  # prompts kept from training when no evaluation prompts are given
 
 
@@ -61,6 +64,7 @@ class Parts:
     writer: Writer
     rewards: Rewards
     replay: PrefixReplay
+    early_stopping: EarlyStopping | None
     sampling: SamplingRule
     stream: data.PromptStream
     eval_prompts: list[Prompt]
@@ -68,6 +72,7 @@ class Parts:
     returns: ReturnsRule
     objective: Objective
     epsilon: schedules.Schedule
+    notes: Sequence[str]  # what follows from the settings and is worth telling
 
     @property
     def sharded(self) -> bool:
@@ -187,7 +192,15 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     scratch = Path(args.output_dir, f".replay-{rank:05d}.segment") if args.storage == "disk" else None
     vocabulary = models.vocabulary_hash(inputs.tokenizer)
     memory = PrefixReplay(args.capacity, args.gamma, args.truncated, vocabulary, scratch=scratch)
-    fill_from_log(memory, writer, inputs.logged[rank::world])
+    # Where new completions are written as well, all that was logged is learned from.
+    share = args.held_out_share if args.max_scored_completions == 0 else 0.0
+    logged, kept = kept_apart(inputs.logged, share, stream_seed(args.seed, HOLD_OUT))
+    fill_from_log(memory, writer, logged[rank::world])
+    early_stopping = None
+    if kept:
+        add_up = partial(accelerator.reduce, reduction="sum")
+        early_stopping = EarlyStopping(network, mean_reward(inputs.logged), add_up)
+        fill_from_log(early_stopping.episodes, writer, kept[rank::world])
     return Parts(
         accelerator=accelerator,
         network=network,
@@ -197,6 +210,7 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         writer=writer,
         rewards=inputs.rewards,
         replay=memory,
+        early_stopping=early_stopping,
         sampling=sampling_rule(args),
         stream=data.PromptStream(inputs.train_prompts, args.seed, args.num_generations, rank, world),
         eval_prompts=inputs.eval_prompts,
@@ -204,7 +218,19 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         returns=returns_rule(args),
         objective=objective_of(args),
         epsilon=schedules.linear(args.epsilon.start, args.epsilon.end, args.epsilon.steps),
+        notes=notes_of(args, network, len(kept)),
     )
+
+
+def notes_of(args: DQNConfig, network: QNetwork, kept: int) -> list[str]:
+    """What the run says before it starts. kept: logged completions that say when to stop."""
+    notes = []
+    if network.hidden_cache is not None:
+        room = f"{args.hidden_cache_gb:g} GB (train.hidden_cache_gb)"
+        notes.append(f"nothing in the trunk is trained: hidden states are kept, in up to {room}")
+    if args.max_scored_completions == 0 and args.held_out_share > 0:
+        notes.append(f"{kept} logged successes are not learned from and say when to stop (replay.held_out_share)")
+    return notes
 
 
 def network_for(args: DQNConfig, inputs: Inputs, device: torch.device, target: Literal["adapter", "head"]) -> QNetwork:

@@ -295,6 +295,10 @@ class ReplaySection(Section):
     warm_start: Text | None = Field(
         default=None, description="JSONL of prompt, completion, reward that fills the buffer before step 0."
     )
+    held_out_share: Annotated[Float, Field(ge=0, lt=1)] = Field(
+        default=0.1,
+        description="With logged data alone: share of its prompts that is not learned from and says when to stop.",
+    )
 
 
 class TrainSection(Section):

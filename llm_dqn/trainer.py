@@ -146,6 +146,8 @@ class DQNTrainer(Intake):
                 self.begin(resume, allow_changes, replay_repair)
                 with self.source_open():
                     self.learn()
+                if self.parts.early_stopping is not None:
+                    self.logbook.say(self.parts.early_stopping.put_back())
                 self.save_model()
                 return self.evaluate()
         finally:
@@ -154,7 +156,7 @@ class DQNTrainer(Intake):
     def learn(self) -> None:
         """The loop: collect, remember, sample, learn, sync, until done or asked to stop."""
         with self.stop as stop, self.logbook.panel(self.args.max_steps), self.saved_where_possible():
-            while self.step < self.args.max_steps:
+            while not self.learned_enough() and self.step < self.args.max_steps:
                 if self.step >= self.collect_at:
                     if self.step > 0 and self.budget_left == 0 and self.args.max_scored_completions:
                         break
@@ -286,6 +288,16 @@ class DQNTrainer(Intake):
         self.look_at = self.step + (LOOK_STEPS if shift > args.target_kl / 4 else since)  # later where little moves
         return shift > args.target_kl
 
+    def learned_enough(self) -> bool:
+        """Whether logged completions that are not learned from say so; asked in a run that writes none."""
+        early_stopping, last = self.parts.early_stopping, self.step == self.args.max_steps
+        if early_stopping is None or not early_stopping.due(self.step, last):
+            return False
+        with whole(self.network):
+            nll = early_stopping.look(self.step, self.args.per_device_train_batch_size)
+        self.logbook.add("eval/held_out_nll", nll)
+        return early_stopping.over(self.step)
+
     def stopping(self) -> bool:
         """Whether any process was asked to stop: heard with each update, and again before a collection, a long one."""
         if self.processes.world == 1:
@@ -315,9 +327,8 @@ class DQNTrainer(Intake):
         found = self.logbook.open(resume, accept, replay_repair)
         if found is not None:
             self.load_state(*found)
-        if self.network.hidden_cache is not None:
-            room = f"{self.args.hidden_cache_gb:g} GB (train.hidden_cache_gb)"
-            self.logbook.say(f"nothing in the trunk is trained: hidden states are kept, in up to {room}")
+        for note in self.parts.notes:
+            self.logbook.say(note)
         with whole(self.network):
             verify_generator(self.parts.writer, self.parts.eval_prompts)
 

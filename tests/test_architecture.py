@@ -23,7 +23,8 @@ shared_folder overlap
 judging inputs
 assembly score_rows logbook hub replay_browser exchange
 bundle saver
-evaluation scoring checkpoint launch card opening sharding
+evaluation scoring checkpoint launch card opening early_stopping
+sharding
 rollout strength objective
 engines
 network rewards

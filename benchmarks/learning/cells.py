@@ -61,7 +61,8 @@ class Cell:
             own = {name: self.settings[name] for name in dqn.OWN & self.settings.keys()}
             given = {name: value for name, value in self.settings.items() if name not in own}
             resolved = DQNConfig(output_dir="-", **given).model_dump()
-            facts["settings"] = own | {name: resolved[name] for name in DECISIVE}
+            logged_only = () if REGIMES[self.regime].online else ("held_out_share",)
+            facts["settings"] = own | {name: resolved[name] for name in (*DECISIVE, *logged_only)}
         return digest(facts)
 
 

@@ -62,10 +62,20 @@ class Watched(DQNTrainer):
         return {}
 
     def look(self) -> None:
-        at = self.step if self.logged_only else self.scored_completions
-        if self.course.due(at):
-            with self.network.writer("online") as model:
-                self.course.look(at, self.step, lambda: model, self._critic)
+        self.look_at_mark(self.step if self.logged_only else self.scored_completions)
+
+    def look_at_mark(self, at: int) -> None:
+        """At the policy that a run would have kept which ended now."""
+        if not self.course.due(at):
+            return
+        stopping, now = self.parts.early_stopping, {}
+        if stopping is not None:
+            now = {name: weight.clone() for name, weight in self.network.checkpoint_state().items()}
+            stopping.put_back()
+        with self.network.writer("online") as model:
+            self.course.look(at, self.step, lambda: model, self._critic)
+        if now:
+            self.network.load_checkpoint_state(now)
 
     def _critic(self, looked: Looked) -> dict[str, Any]:
         return {"critic": critic(self.network, self.course.tokenizer, self.course.task, self.course.rows, looked)}
@@ -122,6 +132,8 @@ def train(
         trainer.logged_updates, trainer.stale = logged_updates, stale
         trainer.train()
         trainer.look()
+        for mark in list(course.marks) if trainer.logged_only else ():
+            trainer.look_at_mark(mark)  # learning had stopped before
         if trainer.scored_completions != course.scored.count:
             raise RuntimeError(f"{trainer.scored_completions} completions counted, {course.scored.count} judged")
         if not search_too:

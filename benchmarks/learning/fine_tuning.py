@@ -16,6 +16,7 @@ from benchmarks.learning.dqn import lora_of
 from benchmarks.learning.measure import lay_out, logprobs, write
 from benchmarks.learning.tasks import Row, Task
 
+LOOK_STEPS = 25  # between two looks at completions that are not learned from
 Kept = tuple[str, list[int]]  # prompt, completion ids
 
 
@@ -39,6 +40,17 @@ class Tuner:
         ids, mask, labels = lay_out(self.tokenizer, *zip(*picks, strict=True))
         self.model.train()
         self.descend(-logprobs(self.model, ids, mask, labels).sum() / (labels[:, 1:] != -100).sum())
+
+    @torch.no_grad()
+    def nll(self, kept: Sequence[Kept], batch: int) -> float:
+        """Mean of -log pi over the tokens of completions."""
+        self.model.eval()
+        total = count = 0.0
+        for start in range(0, len(kept), batch):
+            ids, mask, labels = lay_out(self.tokenizer, *zip(*kept[start : start + batch], strict=True))
+            total -= float(logprobs(self.model, ids, mask, labels).sum())
+            count += int((labels[:, 1:] != -100).sum())
+        return total / count
 
     def descend(self, loss: Tensor) -> None:
         """One step down the gradient of the loss."""
@@ -115,14 +127,28 @@ def _best(
 def train_logged(
     task: Task, course: Course, settings: Mapping[str, Any], logged: Sequence[Row], seed: int
 ) -> dict[str, Any]:
-    """Learns from logged completions above the quantile `above` of their rewards (null: above the mean)."""
+    """Learns from logged completions above the quantile `above` of their rewards (null: above the mean).
+
+    held_out: share of the prompts that is not learned from. What is measured then is the policy under which their
+    completions were likeliest so far.
+    """
     tuner = Tuner(task, course, settings["learning_rate"], seed)
-    kept = successes(tuner, logged, settings["above"])
+    kept, held = _apart(successes(tuner, logged, settings["above"]), settings.get("held_out", 0.0), tuner.rng)
+    best, least = tuner.model, float("inf")
     for step in range(course.marks[-1] + 1):
-        course.look(step, tuner.updates, lambda: tuner.model)
+        if held and step % LOOK_STEPS == 0 and (nll := tuner.nll(held, settings["batch"])) < least:
+            best, least = copy.deepcopy(tuner.model), nll
+        course.look(step, tuner.updates, best.eval)
         if course.marks:
             tuner.step(kept, settings["batch"])
     return {"kept": len(kept)}
+
+
+def _apart(kept: Sequence[Kept], share: float, rng: np.random.Generator) -> tuple[list[Kept], list[Kept]]:
+    """(completions to learn from, those of a share of the prompts)."""
+    prompts = sorted({prompt for prompt, _ in kept})
+    apart = set(rng.permutation(prompts)[: int(len(prompts) * share)].tolist())
+    return [one for one in kept if one[0] not in apart], [one for one in kept if one[0] in apart]
 
 
 def successes(tuner: Tuner, logged: Sequence[Row], above: float | None = None) -> list[Kept]:

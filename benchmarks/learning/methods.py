@@ -146,7 +146,12 @@ LOGGED = {
     "filtered": Method(
         "filtered SFT",
         "sft",
-        _grid({"batch": 16}, learning_rate=[5e-6, 1e-5, 3e-5, 1e-4], above=[None, 0.75, 0.9]),
+        _grid({"batch": 16}, learning_rate=[3e-5, 1e-4, 3e-4], above=[None, 0.75]),
+    ),
+    "filtered_stopped": Method(
+        "filtered SFT, early stopping",
+        "sft",
+        _grid({"batch": 16, "held_out": 0.1}, learning_rate=[3e-5, 1e-4, 3e-4], above=[None, 0.75]),
     ),
     "ilql": Method(
         "ILQL",

@@ -1,0 +1,105 @@
+"""Logged completions that are not learned from: they say when learning from the others has gone far enough."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm_dqn import sharding
+from llm_dqn.data import LoggedRow
+from llm_dqn.losses import advantage_weighted_nll
+from llm_dqn.network import QNetwork
+from llm_dqn.replay import PrefixReplay
+
+LOOK_STEPS = 25  # learner steps between two looks
+PATIENCE = 200  # learner steps to go on after the best look, and as many again as it took to get there
+FEWEST = 8  # episodes that scored above the mean, below which nothing is held out
+MOST = 128  # such episodes that are looked at, by all processes together
+
+
+def mean_reward(logged: Sequence[LoggedRow]) -> float:
+    """Of completions scored elsewhere."""
+    return float(np.mean([row.reward for row in logged]))
+
+
+def kept_apart(logged: Sequence[LoggedRow], share: float, seed: int) -> tuple[Sequence[LoggedRow], Sequence[LoggedRow]]:
+    """(rows to learn from, rows above the mean reward that say when to stop), which have no prompt in common.
+
+    share: of the prompts that are kept apart, fewer where `MOST` good rows are found sooner. All rows are learned from
+    where less than `FEWEST` are found.
+    """
+    mean = mean_reward(logged) if logged else 0.0
+    good = Counter(row.prompt.text for row in logged if row.reward > mean)
+    texts = sorted({row.prompt.text for row in logged})
+    order = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
+    found = np.cumsum([good[text] for text in order])
+    count = min(int(len(texts) * share), int(np.searchsorted(found, MOST)) + 1)
+    if count == 0 or found[count - 1] < FEWEST:
+        return logged, ()
+    apart = set(order[:count])
+    kept = [row for row in logged if row.prompt.text in apart and row.reward > mean]
+    return [row for row in logged if row.prompt.text not in apart], kept
+
+
+class EarlyStopping:
+    """How likely the policy makes held-out episodes that scored well, and the weights that made them likeliest.
+
+    A policy that learns from the same few successes over and over ends up knowing them by heart; others then get less
+    likely. Learning is over when they have not got likelier for `PATIENCE` steps and as many again as it took to get
+    there. Prechelt 1998, https://doi.org/10.1007/3-540-49430-8_3.
+
+    mean_reward: of all that was logged; `episodes` are a replay of some that scored better. add_up: (n,) sums of n
+    numbers over all processes, which look together.
+    """
+
+    def __init__(self, network: QNetwork, mean_reward: float, add_up: Callable[[Tensor], Tensor]) -> None:
+        self.network, self.mean_reward, self.add_up = network, mean_reward, add_up
+        self.episodes = PrefixReplay(MOST)
+        self.best_step, self.best_nll = 0, float("inf")
+        self.best: dict[str, Tensor] = {}  # whole, in main memory
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether it is time to look."""
+        return step % LOOK_STEPS == 0 or last
+
+    @torch.no_grad()
+    def nll(self, batch_size: int) -> float:
+        """Mean of -log pi(a|s) over their tokens, each weighted by how much its episode scored above the mean."""
+        sums = torch.zeros(2)
+        for start in range(0, len(self.episodes), batch_size):
+            batch = self.episodes.batch(np.arange(start, min(start + batch_size, len(self.episodes))))
+            logprobs = self.network.logprobs(batch.tokens.to(self.network.device), "online").cpu()
+            above = (batch.rewards.sum(1, keepdim=True) - self.mean_reward) * batch.action_mask
+            sums += torch.stack([advantage_weighted_nll(logprobs, above, batch.action_mask, 1.0), above.sum()])
+        total, weight = self.add_up(sums.to(self.network.device))
+        return float(total / weight)
+
+    def look(self, step: int, batch_size: int) -> float:
+        """The same, of the policy after `step`, whose weights are kept if it is the best so far."""
+        nll = self.nll(batch_size)
+        if nll < self.best_nll or not self.best:
+            self.best_step, self.best_nll = step, nll
+            whole = sharding.gathered(self.network.checkpoint_state())
+            self.best = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
+        return nll
+
+    def over(self, step: int) -> bool:
+        """Whether further learning has been given its chance."""
+        return step >= 2 * self.best_step + PATIENCE
+
+    def put_back(self) -> str:
+        """Makes the network what it was at the best look; says so."""
+        sharding.restore(self.network.checkpoint_state(), self.best)
+        nll = f"{self.best_nll:.3f} nats a token"
+        return f"held-out successes were likeliest after step {self.best_step} ({nll}): that policy is kept"
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside `best`."""
+        return {"best_step": self.best_step, "best_nll": self.best_nll}
+
+    def load_state(self, state: dict[str, Any], best: dict[str, Tensor]) -> None:
+        """The reverse of `state` and `best`."""
+        self.best_step, self.best_nll, self.best = state["best_step"], state["best_nll"], best
