@@ -97,7 +97,8 @@ def learning(
     def step(batch: PrefixBatch) -> None:
         q = network.target(batch)
         aim = returns(batch, q)
-        target = TDTarget(aim, (aim - q.values) * batch.action_mask, q.taken)
+        advantages = (aim - q.values) * batch.action_mask
+        target = TDTarget(aim, advantages, advantages.clamp(min=0), q.taken)
         weight = target.advantages.clamp(min=0).sum()
         loss, _ = objective(network, batch, target, batch.action_mask.sum(), weight)
         loss.backward()

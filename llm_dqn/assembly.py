@@ -192,8 +192,7 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     scratch = Path(args.output_dir, f".replay-{rank:05d}.segment") if args.storage == "disk" else None
     vocabulary = models.vocabulary_hash(inputs.tokenizer)
     memory = PrefixReplay(args.capacity, args.gamma, args.truncated, vocabulary, scratch=scratch)
-    # Where new completions are written as well, all that was logged is learned from.
-    share = args.held_out_share if args.max_scored_completions == 0 else 0.0
+    share = args.held_out_share if args.max_scored_completions == 0 else 0.0  # new completions need no watching
     logged, kept = kept_apart(inputs.logged, share, stream_seed(args.seed, HOLD_OUT))
     fill_from_log(memory, writer, logged[rank::world])
     early_stopping = None
@@ -350,6 +349,8 @@ def sampling_rule(args: DQNConfig) -> SamplingRule:
         return replay.prioritized()
     if args.success_share == 0:
         return replay.uniform()
+    if args.success_share is None:
+        return replay.by_rewards(args.success_odds, args.success_half_life)
     return replay.success_biased(args.success_share, args.success_odds, args.success_half_life)
 
 

@@ -51,7 +51,7 @@ class Learner:
         td_targets: list[TDTarget] = attempt.do(lambda: [td_target(batch) for batch in batches], [])
         count, weight = self.parts.totals(
             sum(batch.action_mask.sum() for batch in batches),
-            sum(target.advantages.clamp(min=0).sum() for target in td_targets),
+            sum(target.weights.clamp(min=0).sum() for target in td_targets),
         )
         nothing: tuple[list[QOutput], Tensor] = [], count > 0
         outputs, usable = attempt.do(lambda: self.backward(batches, td_targets, count, weight), nothing)

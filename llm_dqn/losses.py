@@ -70,11 +70,20 @@ def truncated_ratios(written: Tensor, now: Tensor, cap: float) -> Tensor:
     return (now.detach() - written).exp().clamp(max=cap)
 
 
-def advantage_weighted_nll(logprobs: Tensor, weights: Tensor, mask: Tensor, total_weight: Tensor | float) -> Tensor:
-    """-sum w log pi(a|s) / sum w for weights w >= 0: raises what turned out better than expected.
+def tapered(weights: Tensor, written: Tensor, now: Tensor) -> Tensor:
+    """The weights, (B, T), those below 0 times min(1, pi / mu). No gradient.
 
-    With w = max(0, advantage) this is self-imitation, Oh et al. 2018, eq. 2, https://arxiv.org/abs/1806.05635. Exactly
-    0 when no weight is positive.
+    written, now: (B, T) log mu(a|s) and log pi(a|s). What is lowered counts less the rarer it has become; what is
+    raised counts whole, however rare. Le Roux et al. 2025, eq. 8, https://arxiv.org/abs/2503.14286, for single tokens.
+    """
+    return torch.where(weights < 0, weights * truncated_ratios(written, now, 1.0), weights)
+
+
+def advantage_weighted_nll(logprobs: Tensor, weights: Tensor, mask: Tensor, total_weight: Tensor | float) -> Tensor:
+    """-sum w log pi(a|s) / total: raises what turned out better than expected, lowers what has a weight below 0.
+
+    With w = max(0, advantage), and their sum as the total, this is self-imitation, Oh et al. 2018, eq. 2,
+    https://arxiv.org/abs/1806.05635. Exactly 0 when no weight is other than 0.
     """
     weighted = torch.where(mask, weights.detach() * logprobs, 0.0).sum()
     return -weighted / torch.as_tensor(total_weight).clamp(min=1e-8)

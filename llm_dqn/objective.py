@@ -29,15 +29,16 @@ class Objective:
     ) -> tuple[Tensor, QOutput]:
         """() loss of a batch, and the online Q-values behind it.
 
-        count, weight: () action tokens, and positive advantages, of all batches of the step on all processes.
+        count, weight: () action tokens, and sum of positive weights, of all batches of the step on all processes.
         """
         mask = batch.action_mask
-        raised = target.advantages > 0 if self.advantage_weight > 0 else torch.zeros_like(mask)
-        q = network(batch, raised, self.cql_weight > 0)
+        moved = target.weights != 0 if self.advantage_weight > 0 else torch.zeros_like(mask)
+        q = network(batch, moved, self.cql_weight > 0)
         loss = self.td_loss(q, target.returns, batch, count)
         if self.advantage_weight > 0:
-            imitation = losses.advantage_weighted_nll(q.logprobs, target.advantages.clamp(min=0), mask, weight)
-            loss = loss + self.advantage_weight * imitation
+            weights = losses.tapered(target.weights, batch.behaviour_logprobs, q.logprobs)
+            policy_loss = losses.advantage_weighted_nll(q.logprobs, weights, mask, weight)
+            loss = loss + self.advantage_weight * policy_loss
         if self.expectile is not None:
             loss = loss + losses.expectile_loss(q.values, target.q_taken, mask, count, self.expectile)
         if q.normalizers is not None:

@@ -161,7 +161,7 @@ def _conflicts(recipe: Recipe | DQNConfig) -> Iterator[tuple[tuple[str, ...], st
                 ("capacity", key),
                 f"must be at least {key} ({least}), got {s.capacity}; raise the capacity or {what}",
             )
-    if s.prioritized and s.success_share > 0:
+    if s.prioritized and s.success_share:
         yield (
             ("prioritized", "success_share"),
             f"excludes success_share, which is {s.success_share}; set success_share: 0",

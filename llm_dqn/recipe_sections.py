@@ -245,6 +245,10 @@ class DQNSection(Section):
         default=100.0,
         description="Weight of the term that makes tokens of positive advantage likelier; 0 = TD loss alone.",
     )
+    negative_weight: Share | None = Field(
+        default=None,
+        description="Share of negative advantages in it; null = 1 where rewards are grades, 0 where they repeat.",
+    )
     expectile: Annotated[Float, Field(ge=0.5, lt=1)] | None = Field(
         default=None,
         description="Fit V as this expectile of Q, for logged data (ILQL); null = off. With q_head linear.",
@@ -280,17 +284,21 @@ class ReplaySection(Section):
         default=None,
         description="With collectors: episodes by a policy more learner steps old are refused; null = all are taken.",
     )
-    prioritized: StrictBool = Field(default=False, description="Sample by TD error; needs success_share 0.")
-    success_share: Share = Field(
-        default=0.7,
-        description="Share of a batch drawn from episodes that scored above the buffer's mean; 0 = uniform.",
+    prioritized: StrictBool = Field(
+        default=False, description="Sample by TD error, whatever the rewards; excludes success_share."
+    )
+    success_share: Share | None = Field(
+        default=None,
+        description="Share of a batch that scored above the buffer's mean; 0 = uniform, null = 0.7, or newer ones "
+        "where rewards are grades.",
     )
     success_odds: Annotated[Float, Field(ge=1)] = Field(
         default=8.0,
         description="How many times likelier than another such an episode may be drawn: few lucky ones count less.",
     )
     success_half_life: Annotated[Float, Field(gt=0)] | None = Field(
-        default=64.0, description="Learner steps after which such an episode is drawn half as often; null = never."
+        default=64.0,
+        description="Learner steps after which such an episode (of grades: any) is drawn half as often; null = never.",
     )
     warm_start: Text | None = Field(
         default=None, description="JSONL of prompt, completion, reward that fills the buffer before step 0."

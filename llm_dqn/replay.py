@@ -26,6 +26,19 @@ def uniform() -> SamplingRule:
     return sample
 
 
+def recent(half_life: float | None) -> SamplingRule:
+    """An episode is half as likely as one that was written `half_life` learner steps later; None: uniform."""
+    if half_life is None:
+        return uniform()
+
+    def sample(replay: "PrefixReplay", size: int, rng: np.random.Generator) -> np.ndarray:
+        running = replay.faded(half_life)
+        places = np.searchsorted(running, rng.random(size) * running[-1], side="right")
+        return places.clip(max=len(replay) - 1)  # rounding may reach the end
+
+    return sample
+
+
 def success_biased(share: float, odds: float = math.inf, half_life: float | None = None) -> SamplingRule:
     """`share` of a batch are episodes that scored above the buffer's mean reward: the rare good ones.
 
@@ -46,10 +59,24 @@ def success_biased(share: float, odds: float = math.inf, half_life: float | None
         if half_life is None:
             drawn = rng.choice(successes, size=count)
         else:
-            running = replay.faded_successes(half_life)
+            running = replay.faded(half_life, successes=True)
             places = np.searchsorted(running, rng.random(count) * running[-1], side="right")
             drawn = successes[places.clip(max=len(successes) - 1)]  # rounding may reach the end
         return np.concatenate([drawn, rng.choice(others, size=size - count)])
+
+    return sample
+
+
+def by_rewards(odds: float = math.inf, half_life: float | None = None, share: float = 0.7) -> SamplingRule:
+    """`success_biased` where rewards say right or wrong, `recent` where a judge grades (`PrefixReplay.graded`).
+
+    What is right can be imitated token by token. A grade above the mean is still one among many, and those below it
+    say as much, see `losses.tapered`.
+    """
+    checked, graded = success_biased(share, odds, half_life), recent(half_life)
+
+    def sample(replay: "PrefixReplay", size: int, rng: np.random.Generator) -> np.ndarray:
+        return (graded if replay.graded else checked)(replay, size, rng)
 
     return sample
 
@@ -93,13 +120,14 @@ class PrefixReplay:
     ) -> None:
         self.store = EpisodeStore(capacity, segment_size, vocabulary, scratch)
         self.capacity, self.gamma, self.truncated = capacity, gamma, truncated
+        self.graded = False  # whether rewards are grades by a judge rather than right or wrong; told by the first ones
         self._forget_what_follows()
 
     def _forget_what_follows(self) -> None:
         """What sampling rules derived from the content."""
         self._trees: dict[tuple[float, float], PriorityTree] = {}  # by alpha and half-life
         self._successes: tuple[np.ndarray, np.ndarray] | None = None
-        self._faded: dict[float, np.ndarray] = {}  # by half-life
+        self._faded: dict[tuple[float, bool], np.ndarray] = {}  # by half-life, and whether of successes alone
 
     def __len__(self) -> int:
         return len(self.store)
@@ -124,6 +152,11 @@ class PrefixReplay:
         """(n,) learner step that wrote each episode, by slot; a view that cannot be written to."""
         return self._view("versions")
 
+    @property
+    def different_rewards(self) -> int:
+        """How many different rewards are stored: nearly as many as episodes where a judge grades."""
+        return len(np.unique(self.rewards))
+
     def _view(self, name: str) -> np.ndarray:
         view = self.store.column(name)
         view.flags.writeable = False
@@ -136,12 +169,12 @@ class PrefixReplay:
             self._successes = np.flatnonzero(good), np.flatnonzero(~good)
         return self._successes
 
-    def faded_successes(self, half_life: float) -> np.ndarray:
-        """(k,) running sum of 2^-(age / half_life) over the successes; kept like them."""
-        if half_life not in self._faded:
-            versions = self.versions[self.successes()[0]]
-            self._faded[half_life] = np.exp2((versions - versions.max()) / half_life).cumsum()
-        return self._faded[half_life]
+    def faded(self, half_life: float, successes: bool = False) -> np.ndarray:
+        """(k,) running sum of 2^-(age / half_life) over all episodes, or the successes; kept like them."""
+        if (half_life, successes) not in self._faded:
+            versions = self.versions[self.successes()[0]] if successes else self.versions
+            self._faded[half_life, successes] = np.exp2((versions - versions.max()) / half_life).cumsum()
+        return self._faded[half_life, successes]
 
     def priority_tree(self, alpha: float, half_life: float) -> PriorityTree:
         """What `prioritized` draws from; kept up to date from its first use on."""

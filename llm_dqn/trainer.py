@@ -22,7 +22,6 @@ from llm_dqn.judging import Judges
 from llm_dqn.launch import check_launch
 from llm_dqn.learner import Learner
 from llm_dqn.logbook import Logbook
-from llm_dqn.losses import sampled_kl
 from llm_dqn.memory import learning_batch, writing_batch
 from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
@@ -31,13 +30,12 @@ from llm_dqn.recipe import DQNConfig, Recipe
 from llm_dqn.rollout import Writer, rollout, verify_generator
 from llm_dqn.sharding import adapters_whole, whole
 from llm_dqn.signals import StopRequest
+from llm_dqn.trust_region import LOOK_STEPS, behaviour_kl
 from llm_dqn.types import Episode, PrefixBatch, TDTarget, joined
 
 T = TypeVar("T")
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
-NEWEST = 64  # completions, at most and for each process, by which a shift of the policy is measured
-LOOK_STEPS = 4  # learner steps between two looks at it, while it is considerable
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
 
@@ -198,8 +196,10 @@ class DQNTrainer(Intake):
             said = f"{self.scored_completions} completions scored, no reward among them"
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
-            rewards, count = self.parts.totals(self.replay.rewards.sum(), len(self.replay))
+            sums = self.replay.rewards.sum(), self.replay.different_rewards, len(self.replay)
+            rewards, different, count = self.parts.totals(*sums)
             self.network.start_values_at(float(rewards / count))
+            self.replay.graded = bool(different >= count / 2)
         self.collected_at = self.step
         self.collect_at, self.look_at = self.step + self.args.updates_per_collect, self.step + LOOK_STEPS
 
@@ -239,7 +239,10 @@ class DQNTrainer(Intake):
         """What Q should have been, by the target network."""
         q = self.network.target(batch)
         returns = self.parts.returns(batch, q)
-        return TDTarget(returns, (returns - q.values) * batch.action_mask, q.taken)
+        advantages = (returns - q.values) * batch.action_mask
+        negative = self.args.negative_weight if self.args.negative_weight is not None else float(self.replay.graded)
+        weights = advantages.clamp(min=0) + negative * advantages.clamp(max=0)
+        return TDTarget(returns, advantages, weights, q.taken)
 
     def learn_from(self, batches: Sequence[PrefixBatch]) -> None:
         """What Q should have been by the target network, and one step towards that; in halves when memory runs out.
@@ -272,16 +275,11 @@ class DQNTrainer(Intake):
         Then those of now are worth more than another update on the same few. Not asked of runs whose completions
         others write, by a policy that is older anyway, or that collect nothing.
         """
-        args, device = self.args, self.parts.accelerator.device
+        args = self.args
         if args.target_kl is None or self.apart or args.max_scored_completions == 0 or self.step < self.look_at:
             return False
-        sums = torch.zeros(2)
         with whole(self.network):  # processes may have a different number of batches
-            for batch in self.replay.newest(NEWEST, args.per_device_train_batch_size):
-                logprobs = self.network.logprobs(batch.tokens.to(device), "online").cpu()
-                shifts = sampled_kl(batch.behaviour_logprobs, logprobs, batch.action_mask)
-                sums += torch.stack([shifts.sum(), batch.action_mask.sum()])
-        total, count = self.parts.totals(*sums)
+            total, count = self.parts.totals(*behaviour_kl(self.network, self.replay, args.per_device_train_batch_size))
         shift = float(total / count)
         self.logbook.add("train/behaviour_kl", shift)
         since = self.step - self.collected_at

@@ -52,6 +52,7 @@ class Checkpointed:
             "collect_at": self.collect_at,
             "look_at": self.look_at,
             "nonfinite_steps": self.nonfinite.total,
+            "graded": self.replay.graded,
             "recipe": self.settings,
             "scored_completions": self.scored_completions,
             "samples_drawn": self.samples_drawn,
@@ -92,7 +93,7 @@ class Checkpointed:
         self.step, self.collected_at = state["step"], state["collected_at"]
         self.collect_at, self.look_at = state["collect_at"], state["look_at"]
         self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
-        self.nonfinite.total = state["nonfinite_steps"]
+        self.nonfinite.total, self.replay.graded = state["nonfinite_steps"], state["graded"]
         if self.shared is not None and state.get("shared"):
             self.shared.load_state(state["shared"])
         if self.overlap is not None and state.get("overlap"):

@@ -158,4 +158,5 @@ class TDTarget:
 
     returns: Tensor  # what Q(s_t, a_t) should have been
     advantages: Tensor  # by how much that beats the target network's V(s_t)
+    weights: Tensor  # what the advantage term makes of the action: likelier above 0, less likely below
     q_taken: Tensor  # the target network's own Q(s_t, a_t)

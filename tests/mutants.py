@@ -60,7 +60,7 @@ MUTANTS = [
     ("trainer", "self.network.sync_target(self.args.target_tau)", "pass"),
     ("learner", "if usable & norm.isfinite():", "if usable:"),
     ("learner", "all_finite(losses_here) & (count > 0)", "count > 0"),
-    ("objective", "loss + self.advantage_weight * imitation", "loss - self.advantage_weight * imitation"),
+    ("objective", "loss + self.advantage_weight * policy_loss", "loss - self.advantage_weight * policy_loss"),
     ("evaluation", "float(t.reward > b.reward)", "float(t.reward < b.reward)"),
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ shared_folder overlap
 judging inputs
 assembly score_rows logbook hub replay_browser exchange
 bundle saver
-evaluation scoring checkpoint launch card opening early_stopping
+evaluation scoring checkpoint launch card opening early_stopping trust_region
 sharding
 rollout strength objective
 engines

@@ -19,7 +19,7 @@ def logbook(tmp_path: Path) -> Logbook:
 def outputs(taken: list[list[float]], returns: list[list[float]]) -> tuple[QOutput, TDTarget]:
     q, target = torch.tensor(taken), torch.tensor(returns)
     zeros = torch.zeros_like(q)
-    return QOutput(q, zeros, zeros, zeros), TDTarget(target, -target, zeros)
+    return QOutput(q, zeros, zeros, zeros), TDTarget(target, -target, zeros, zeros)
 
 
 def test_every_token_counts_the_same_in_whichever_batch_it_sits(logbook: Logbook) -> None:

@@ -61,6 +61,12 @@ def test_advantage_weighting_raises_good_tokens_in_proportion():
     assert losses.advantage_weighted_nll(logprobs, torch.zeros(2, 2), MASK, 0.0).item() == 0.0
 
 
+def test_what_is_lowered_counts_less_the_rarer_it_became():
+    weights, now = torch.tensor([[2.0, -2.0, -2.0]]), torch.tensor([[0.25, 0.25, 4.0]]).log().requires_grad_()
+    tapered = losses.tapered(weights, torch.zeros(1, 3), now)
+    assert tapered.tolist() == [[2.0, pytest.approx(-0.5), -2.0]] and not tapered.requires_grad
+
+
 def test_expectile_above_half_leans_upwards():
     q_taken = torch.tensor([[0.0, 1.0]])
     everything = torch.ones(1, 2, dtype=torch.bool)

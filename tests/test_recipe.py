@@ -156,7 +156,7 @@ def test_a_wrong_value_is_explained_in_plain_words(section: str, line: str, says
             "replay.capacity",
             "(128), got 64",
         ),
-        ({"replay": {"prioritized": True}}, "replay.prioritized", "set success_share: 0"),
+        ({"replay": {"prioritized": True, "success_share": 0.5}}, "replay.prioritized", "set success_share: 0"),
         ({"train": {"warmup_steps": 5}}, "train.warmup_steps", "use constant_with_warmup"),
     ],
 )

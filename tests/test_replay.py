@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm_dqn.replay import PrefixReplay, prioritized, success_biased, uniform
+from llm_dqn.replay import PrefixReplay, by_rewards, prioritized, recent, success_biased, uniform
 from tests.networks import episode
 
 
@@ -91,6 +91,23 @@ def test_an_older_success_is_drawn_less_often():
     assert shares[4] / shares[3] == pytest.approx(2, rel=0.06) and shares[3] / shares[2] == pytest.approx(2, rel=0.06)
     replay.add([episode([1], [2], 1.0, policy_version=5000)])  # the others are forgotten in time, not lost
     assert set(success_biased(0.5, half_life=1.0)(replay, 99, np.random.default_rng(0))) == {0, 1, 5}
+
+
+def test_where_a_judge_grades_newer_episodes_are_drawn_more_often_whatever_their_grade():
+    replay, facts = PrefixReplay(8), zip((0.1, 0.9, 0.4, 0.6), (0, 0, 64, 64), strict=True)
+    replay.add([episode([1], [2], reward, policy_version=step) for reward, step in facts])
+    rule = by_rewards(half_life=64.0)
+    replay.graded = True
+    counts = np.bincount(rule(replay, 30_000, np.random.default_rng(0)), minlength=4) / 30_000
+    assert counts == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3], abs=0.02)
+    replay.graded = False
+    same = [some(replay, 99, np.random.default_rng(0)).tolist() for some in (rule, success_biased(0.7, half_life=64.0))]
+    assert same[0] == same[1]
+    assert set(recent(None)(replay, 99, np.random.default_rng(0))) == {0, 1, 2, 3}
+    replay.graded = True
+    rule(replay, 9, np.random.default_rng(0))  # what it derived from the four
+    replay.add([episode([1], [2], 0.5, policy_version=64 * 20)])
+    assert (rule(replay, 999, np.random.default_rng(0)) == 4).mean() > 0.99
 
 
 def test_prioritized_sampling_prefers_large_and_recent_errors():

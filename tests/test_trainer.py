@@ -1,6 +1,7 @@
 """The loop end to end on a tiny model: what it is given in Python, what it leaves behind, that it goes on exactly."""
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,29 @@ def test_a_run_from_python_leaves_what_the_contract_says(tiny_llama_path, tmp_pa
     assert recipe.train.max_steps == 6 and recipe.lora is not None and recipe.lora.r == 4
     card = (run / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "More Information Needed" not in card and "reward, sampled" in card
+
+
+@pytest.mark.parametrize(("kinds", "graded"), [(2, False), (10_000, True)])
+def test_grades_are_told_from_right_or_wrong_and_learned_from_in_both_directions(
+    tiny_llama_path, tmp_path, kinds, graded
+):
+    def reward(completions, **columns):
+        return [zlib.crc32(text.encode()) % kinds / kinds for text in completions]
+
+    options = {"max_steps": 2, "eval_steps": 0, "max_completion_length": 12}
+    run = trainer(tiny_llama_path, tmp_path, reward, **options)
+    run.train()
+    assert run.replay.graded is graded
+    target = run.td_target(run.sample())
+    assert (target.weights < 0).any().item() is graded and (target.advantages < 0).any()
+    assert torch.equal(target.weights.clamp(min=0), target.advantages.clamp(min=0))
+    again = trainer(tiny_llama_path, tmp_path, reward, **options)
+    again.train(resume=True)
+    assert again.step == 2 and again.replay.graded is graded
+    for given, weight in ((0.0, False), (1.0, True)):
+        fixed = trainer(tiny_llama_path, tmp_path / str(given), reward, negative_weight=given, **options)
+        fixed.train()
+        assert (fixed.td_target(fixed.sample()).weights < 0).any().item() is weight
 
 
 def test_the_budget_of_reward_calls_is_kept(tiny_llama_path, tmp_path):
