@@ -16,8 +16,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured. Tasks whose completions take long get a part of the three amounts, see `Task.costs`, and
-    three seeds of five.
+    """What is to be measured. Tasks whose completions take long get a part of the three amounts, see `Task.costs`.
 
     tasks, methods: names, in the order of the tables. configurations: how many of each grid are tried. tuning: scored
     completions (updates on logged data) of a tuning run. budget, reference: the same of a test run of llm_dqn and of a
@@ -36,10 +35,6 @@ class Plan:
     def amount(self, kind: str, task: str) -> int:
         """Of `tuning`, `budget` or `reference`, what this task gets."""
         return getattr(self, kind) // TASKS[task].costs
-
-    def seeds_of(self, task: str) -> int:
-        """How many runs of a method on this task."""
-        return self.seeds if TASKS[task].costs == 1 else math.ceil(self.seeds * 3 / 5)
 
 
 def is_ours(method: str) -> bool:
@@ -103,7 +98,7 @@ def best(results: Sequence[Result]) -> Settings:
 def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
     first = 128 if REGIMES[plan.regime].online else 25
     marks = doubling(first, plan.amount("budget" if is_ours(method) else "reference", task))
-    return [Cell(task, plan.regime, method, dict(settings), seed, "test", marks) for seed in range(plan.seeds_of(task))]
+    return [Cell(task, plan.regime, method, dict(settings), seed, "test", marks) for seed in range(plan.seeds)]
 
 
 def tune(plan: Plan, store: Store, task: str, method: str, pool: Executor | None = None) -> Settings:

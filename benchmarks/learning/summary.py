@@ -41,10 +41,8 @@ def _settings(result: Result) -> str:
 
 
 def _seeds(plan: Plan, results: Results) -> str:
-    fewer = [task for task in results if plan.seeds_of(task) < plan.seeds]
-    return f"{plan.seeds} seeds" + (
-        f" ({', '.join(fewer)}: {plan.seeds_of(fewer[0])}, and a quarter of all amounts)" if fewer else ""
-    )
+    dear = [task for task in results if plan.amount("budget", task) < plan.budget]
+    return f"{plan.seeds} seeds" + (f" ({', '.join(dear)}: a quarter of all amounts)" if dear else "")
 
 
 def table(plan: Plan, results: Results, command: str) -> str:
