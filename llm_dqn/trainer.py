@@ -36,6 +36,7 @@ from llm_dqn.types import Episode, PrefixBatch, TDTarget, joined
 T = TypeVar("T")
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
+FEWEST_GRADES = 8  # different rewards of the first collection, and half of all, that make them grades
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
 
@@ -199,7 +200,9 @@ class DQNTrainer(Intake):
             sums = self.replay.rewards.sum(), self.replay.different_rewards, len(self.replay)
             rewards, different, count = self.parts.totals(*sums)
             self.network.start_values_at(float(rewards / count))
-            self.replay.graded = bool(different >= count / 2)
+            self.replay.graded = bool(different >= max(FEWEST_GRADES, count / 2))
+            if self.replay.graded and self.args.negative_weight is None:
+                self.logbook.say("rewards are grades: low ones are learned from as well (dqn.negative_weight)")
         self.collected_at = self.step
         self.collect_at, self.look_at = self.step + self.args.updates_per_collect, self.step + LOOK_STEPS
 
