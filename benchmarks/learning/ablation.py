@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "beta 0.1": {"beta": 0.1},
     "lambda 1": {"lam": 1.0},
     "lambda 0.8": {"lam": 0.8},
+    "right or wrong, whatever the rewards": {"negative_weight": 0.0, "success_share": 0.7},
+    "grades, whatever the rewards": {"negative_weight": 1.0, "success_share": 0.0},
     "success share 0 (uniform replay)": {"success_share": 0.0},
     "success share 0.4": {"success_share": 0.4},
     "success share 0.9": {"success_share": 0.9},
