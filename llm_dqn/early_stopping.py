@@ -77,14 +77,12 @@ class EarlyStopping:
         total, weight = self.add_up(sums.to(self.network.device))
         return float(total / weight)
 
-    def look(self, step: int, batch_size: int) -> float:
-        """The same, of the policy after `step`, whose weights are kept if it is the best so far."""
-        nll = self.nll(batch_size)
+    def seen(self, step: int, nll: float) -> None:
+        """Keeps the weights of the policy after `step` if it is the best so far."""
         if nll < self.best_nll or not self.best:
             self.best_step, self.best_nll = step, nll
             whole = sharding.gathered(self.network.checkpoint_state())
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
-        return nll
 
     def over(self, step: int) -> bool:
         """Whether further learning has been given its chance."""

@@ -295,7 +295,8 @@ class DQNTrainer(Intake):
         if early_stopping is None or not early_stopping.due(self.step, last):
             return False
         with whole(self.network):
-            nll = early_stopping.look(self.step, self.args.per_device_train_batch_size)
+            nll = early_stopping.nll(self.args.per_device_train_batch_size)
+        early_stopping.seen(self.step, nll)
         self.logbook.add("eval/held_out_nll", nll)
         return early_stopping.over(self.step)
 
