@@ -17,7 +17,7 @@ from llm_dqn.reduction import sum_gradients
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.rollout import rollout
 from tests.networks import shake
-from tests.test_trainer import trainer
+from tests.test_trainer import ROWS, trainer
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,14 +104,29 @@ def runs(path: str, folder: Path, rank: int) -> dict:
         run = trainer(path, folder / name, sharding=how, **options)
         run.train(resume=name == "cut")
         ends[name] = {k: full(v) for k, v in run.network.checkpoint_state().items()}
+    logged = [from_log(path, folder / name, sharding=name) for name in ("none", "fsdp2")]
     opened = load_file(folder / "fsdp2" / "adapter" / "adapter_model.safetensors")
     saved = {f"online.{name}": value for name, value in opened.items()}
     return {
         "shares": len(shares),
         "apart": largest(ends["none"], ends["fsdp2"]),
+        "kept_steps": [run.parts.early_stopping.best_step for run in logged],
+        "kept_apart": largest(*({k: full(v) for k, v in run.network.checkpoint_state().items()} for run in logged)),
         "resumed": largest(ends["fsdp2"], ends["cut"]),
         "saved": largest(saved, {name: value for name, value in ends["fsdp2"].items() if name in saved}),
     }
+
+
+def from_log(path: str, folder: Path, **options):
+    """A run on logged completions alone that has put back the policy under which held-out successes were likeliest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.jsonl"
+    rows = [{"prompt": row["prompt"], "completion": " eee", "reward": min(n % 3, 1)} for n, row in enumerate(ROWS)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = {"warm_start": str(log), "max_scored_completions": 0, "held_out_share": 0.5, "max_steps": 3}
+    run = trainer(path, folder / "logged", **alone, max_grad_norm=0.01, eval_steps=0, save_steps=0, **options)
+    run.train()
+    return run
 
 
 if __name__ == "__main__":
