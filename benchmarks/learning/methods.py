@@ -85,7 +85,7 @@ ONLINE = {
         "TRL GRPO",
         "grpo",
         _grid(
-            learning_rate=[1e-5, 3e-5, 1e-4],
+            learning_rate=[1e-5, 3e-5, 1e-4, 3e-4],
             iterations=[4, 12],
             size=[{"completions": 64, "num_generations": 8}, {"completions": 32, "num_generations": 4}],
         ),
@@ -114,7 +114,7 @@ ONLINE = {
         "sft",
         _grid(
             {"completions": 64, "of_each": 1, "batch": 16},
-            learning_rate=[1e-4, 3e-4, 1e-3],
+            learning_rate=[3e-5, 1e-4, 3e-4, 1e-3],
             updates=[4, 16],
             remember=[4, 64],
         ),
