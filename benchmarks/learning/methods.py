@@ -146,12 +146,12 @@ LOGGED = {
     "filtered": Method(
         "filtered SFT",
         "sft",
-        _grid({"batch": 16}, learning_rate=[3e-5, 1e-4, 3e-4], above=[None, 0.75]),
+        _grid({"batch": 16}, learning_rate=[3e-5, 1e-4, 3e-4, 1e-3], above=[None, 0.75, 0.9]),
     ),
     "filtered_stopped": Method(
         "filtered SFT, early stopping",
         "sft",
-        _grid({"batch": 16, "held_out": 0.1}, learning_rate=[3e-5, 1e-4, 3e-4], above=[None, 0.75]),
+        _grid({"batch": 16, "held_out": 0.1}, learning_rate=[3e-5, 1e-4, 3e-4, 1e-3], above=[None, 0.75, 0.9]),
     ),
     "ilql": Method(
         "ILQL",
