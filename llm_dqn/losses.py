@@ -70,6 +70,16 @@ def truncated_ratios(written: Tensor, now: Tensor, cap: float) -> Tensor:
     return (now.detach() - written).exp().clamp(max=cap)
 
 
+def signed_weights(advantages: Tensor, negative: float) -> Tensor:
+    """(B, T) positive advantages as they are, negative ones times `negative`, but in sum no more than the positive.
+
+    Once nearly everything scores well, the few failures would otherwise shape the policy alone: it fell apart.
+    """
+    up, down = advantages.clamp(min=0), advantages.clamp(max=0)
+    balance = (up.sum() / (-down.sum()).clamp(min=1e-9)).clamp(max=1)
+    return up + negative * balance * down
+
+
 def tapered(weights: Tensor, written: Tensor, now: Tensor) -> Tensor:
     """The weights, (B, T), those below 0 times min(1, pi / mu). No gradient.
 

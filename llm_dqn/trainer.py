@@ -22,6 +22,7 @@ from llm_dqn.judging import Judges
 from llm_dqn.launch import check_launch
 from llm_dqn.learner import Learner
 from llm_dqn.logbook import Logbook
+from llm_dqn.losses import signed_weights
 from llm_dqn.memory import learning_batch, writing_batch
 from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
@@ -244,8 +245,7 @@ class DQNTrainer(Intake):
         returns = self.parts.returns(batch, q)
         advantages = (returns - q.values) * batch.action_mask
         negative = self.args.negative_weight if self.args.negative_weight is not None else float(self.replay.graded)
-        weights = advantages.clamp(min=0) + negative * advantages.clamp(max=0)
-        return TDTarget(returns, advantages, weights, q.taken)
+        return TDTarget(returns, advantages, signed_weights(advantages, negative), q.taken)
 
     def learn_from(self, batches: Sequence[PrefixBatch]) -> None:
         """What Q should have been by the target network, and one step towards that; in halves when memory runs out.

@@ -61,6 +61,14 @@ def test_advantage_weighting_raises_good_tokens_in_proportion():
     assert losses.advantage_weighted_nll(logprobs, torch.zeros(2, 2), MASK, 0.0).item() == 0.0
 
 
+def test_all_that_is_lowered_is_no_more_than_all_that_is_raised():
+    assert losses.signed_weights(torch.tensor([[3.0, -1.0], [1.0, -1.0]]), 0.5).tolist() == [[3.0, -0.5], [1.0, -0.5]]
+    assert losses.signed_weights(torch.tensor([[1.0, -3.0], [1.0, -1.0]]), 1.0).tolist() == [[1.0, -1.5], [1.0, -0.5]]
+    for few in ([[1.0, 2.0]], [[0.0, 0.0]]):
+        assert losses.signed_weights(torch.tensor(few), 1.0).tolist() == few
+    assert losses.signed_weights(torch.tensor([[-1.0]]), 1.0).tolist() == [[0.0]]
+
+
 def test_what_is_lowered_counts_less_the_rarer_it_became():
     weights, now = torch.tensor([[2.0, -2.0, -2.0]]), torch.tensor([[0.25, 0.25, 4.0]]).log().requires_grad_()
     tapered = losses.tapered(weights, torch.zeros(1, 3), now)
