@@ -84,7 +84,8 @@ def tapered(weights: Tensor, written: Tensor, now: Tensor) -> Tensor:
     """The weights, (B, T), those below 0 times min(1, pi / mu). No gradient.
 
     written, now: (B, T) log mu(a|s) and log pi(a|s). What is lowered counts less the rarer it has become; what is
-    raised counts whole, however rare. Le Roux et al. 2025, eq. 8, https://arxiv.org/abs/2503.14286, for single tokens.
+    raised counts whole, however rare: tapered off-policy REINFORCE, Le Roux et al. 2025, https://arxiv.org/abs/2503.14286,
+    here for single tokens.
     """
     return torch.where(weights < 0, weights * truncated_ratios(written, now, 1.0), weights)
 
