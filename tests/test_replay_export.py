@@ -82,7 +82,7 @@ def warm(trained_run: Path, tmp_path_factory: pytest.TempPathFactory, request: A
     """A run that learns from an export alone."""
     folder = tmp_path_factory.mktemp("warm")
     export(trained_run, folder / f"replay{request.param}", Choice(sort="slot"))
-    settings = ["train.max_steps=2", "train.eval_steps=0", "train.max_scored_completions=0"]
+    settings = ["train.max_steps=2", "train.eval_steps=0", "train.max_scored_completions=0", "replay.held_out_share=0"]
     overrides = [f"train.output_dir={folder / 'run'}", f"replay.warm_start={folder / f'replay{request.param}'}"]
     trainer = DQNTrainer.from_recipe(load_recipe("hello_world", [*overrides, *settings]))
     trainer.train()
