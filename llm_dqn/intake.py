@@ -35,6 +35,13 @@ class Intake(Checkpointed):
         return self.parts.epsilon(self.step)
 
     @property
+    def negative_weight(self) -> float:
+        """What advantages below zero count at this step: less and less, as what is above says ever more clearly."""
+        args = self.args
+        first = float(self.replay.graded) if args.negative_weight is None else args.negative_weight
+        return first if args.negative_half_life is None else first * 2 ** (-self.step / args.negative_half_life)
+
+    @property
     def budget_left(self) -> int:
         """Completions that this process may still have scored."""
         budget = self.args.max_scored_completions

@@ -36,7 +36,7 @@ NOTED = _names(
     rollout.min_p rollout.epsilon.start rollout.epsilon.end rollout.epsilon.steps rollout.explore
     reward.on_error reward.cache
     dqn.n_step dqn.lam dqn.corrected dqn.importance_sampling_cap dqn.loss dqn.target_sync_steps dqn.target_tau
-    dqn.advantage_weight dqn.negative_weight dqn.cql_weight
+    dqn.advantage_weight dqn.negative_weight dqn.negative_half_life dqn.cql_weight
     replay.learning_starts replay.updates_per_collect replay.prioritized replay.success_share replay.success_odds
     replay.success_half_life
     replay.target_kl

@@ -244,8 +244,7 @@ class DQNTrainer(Intake):
         q = self.network.target(batch)
         returns = self.parts.returns(batch, q)
         advantages = (returns - q.values) * batch.action_mask
-        negative = self.args.negative_weight if self.args.negative_weight is not None else float(self.replay.graded)
-        return TDTarget(returns, advantages, signed_weights(advantages, negative), q.taken)
+        return TDTarget(returns, advantages, signed_weights(advantages, self.negative_weight), q.taken)
 
     def learn_from(self, batches: Sequence[PrefixBatch]) -> None:
         """What Q should have been by the target network, and one step towards that; in halves when memory runs out.
