@@ -250,7 +250,7 @@ class DQNSection(Section):
         description="Share of negative advantages in it; null = 1 where rewards are grades, 0 where they repeat.",
     )
     negative_half_life: Annotated[Float, Field(gt=0)] | None = Field(
-        default=128.0, description="Learner steps after which that share is half as large; null = it stays."
+        default=None, description="Learner steps after which that share is half as large; null = it stays."
     )
     expectile: Annotated[Float, Field(ge=0.5, lt=1)] | None = Field(
         default=None,

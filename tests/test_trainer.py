@@ -112,8 +112,9 @@ def test_grades_are_told_from_right_or_wrong_and_learned_from_in_both_directions
         fixed = trainer(tiny_llama_path, tmp_path / str(given), reward, negative_weight=given, **options)
         fixed.train()
         assert (fixed.td_target(fixed.sample()).weights < 0).any().item() is weight
-    fixed.step = 128
-    assert fixed.negative_weight == 0.5  # it fades with the steps
+    fading = trainer(tiny_llama_path, tmp_path / "fading", reward, negative_weight=1.0, negative_half_life=128.0)
+    fading.step = 256
+    assert fading.negative_weight == 0.25
 
 
 def test_the_budget_of_reward_calls_is_kept(tiny_llama_path, tmp_path):
