@@ -99,8 +99,7 @@ def learning(
         aim = returns(batch, q)
         advantages = (aim - q.values) * batch.action_mask
         target = TDTarget(aim, advantages, advantages.clamp(min=0), q.taken)
-        weight = target.advantages.clamp(min=0).sum()
-        loss, _ = objective(network, batch, target, batch.action_mask.sum(), weight)
+        loss, _ = objective(network, batch, target, batch.action_mask.sum(), target.weights.sum())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, args.max_grad_norm)
         optimizer.step()

@@ -36,7 +36,7 @@ class Intake(Checkpointed):
 
     @property
     def negative_weight(self) -> float:
-        """What advantages below zero count at this step: less and less, as what is above says ever more clearly."""
+        """What advantages below zero count at this step; `negative_half_life` makes it less and less."""
         args = self.args
         first = float(self.replay.graded) if args.negative_weight is None else args.negative_weight
         return first if args.negative_half_life is None else first * 2 ** (-self.step / args.negative_half_life)

@@ -32,11 +32,15 @@ def recent(half_life: float | None) -> SamplingRule:
         return uniform()
 
     def sample(replay: "PrefixReplay", size: int, rng: np.random.Generator) -> np.ndarray:
-        running = replay.faded(half_life)
-        places = np.searchsorted(running, rng.random(size) * running[-1], side="right")
-        return places.clip(max=len(replay) - 1)  # rounding may reach the end
+        return _drawn(replay.faded(half_life), size, rng)
 
     return sample
+
+
+def _drawn(running: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(count,) places in proportion to weights whose running sum is (n,)."""
+    places = np.searchsorted(running, rng.random(count) * running[-1], side="right")
+    return places.clip(max=len(running) - 1)  # rounding may reach the end
 
 
 def success_biased(share: float, odds: float = math.inf, half_life: float | None = None) -> SamplingRule:
@@ -59,9 +63,7 @@ def success_biased(share: float, odds: float = math.inf, half_life: float | None
         if half_life is None:
             drawn = rng.choice(successes, size=count)
         else:
-            running = replay.faded(half_life, successes=True)
-            places = np.searchsorted(running, rng.random(count) * running[-1], side="right")
-            drawn = successes[places.clip(max=len(successes) - 1)]  # rounding may reach the end
+            drawn = successes[_drawn(replay.faded(half_life, successes=True), count, rng)]
         return np.concatenate([drawn, rng.choice(others, size=size - count)])
 
     return sample
