@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from llm_dqn import data, losses, models, replay, schedules, targets
 from llm_dqn.adapters import LoraConfig, lora_facts
+from llm_dqn.dyna import Dyna
 from llm_dqn.early_stopping import EarlyStopping, kept_apart, mean_reward
 from llm_dqn.errors import UserError
 from llm_dqn.launch import accelerator_for
@@ -65,6 +66,7 @@ class Parts:
     rewards: Rewards
     replay: PrefixReplay
     early_stopping: EarlyStopping | None
+    dyna: Dyna | None
     sampling: SamplingRule
     stream: data.PromptStream
     eval_prompts: list[Prompt]
@@ -210,6 +212,7 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         rewards=inputs.rewards,
         replay=memory,
         early_stopping=early_stopping,
+        dyna=Dyna(network, args.imagined) if args.imagined and args.max_scored_completions != 0 else None,
         sampling=sampling_rule(args),
         stream=data.PromptStream(inputs.train_prompts, args.seed, args.num_generations, rank, world),
         eval_prompts=inputs.eval_prompts,
@@ -392,9 +395,3 @@ def recipe_text(args: DQNConfig, parts: Parts, recipe: Recipe | None) -> str:
             }
         )
     )
-
-
-def trackers(report_to: str | Sequence[str]) -> list[str]:
-    """Names of the trackers asked for."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to)
-    return [name for name in names if name != "none"]

@@ -84,7 +84,8 @@ class Actor:
     def write(self, prompts: Sequence[Prompt], epsilon: float, seed: int, version: int) -> list[Episode]:
         """One completion a prompt with its reward; those on which every reward abstained are left out."""
         args = self.args
-        policy = BehaviourPolicy(args.temperature, args.top_k, args.top_p, args.min_p, epsilon, args.explore)
+        temperature = 1.0 if args.temperature is None else args.temperature
+        policy = BehaviourPolicy(temperature, args.top_k, args.top_p, args.min_p, epsilon, args.explore)
 
         def attempt(rows: int) -> list[Episode]:
             return rollout(replace(self.writer, batch_size=rows), prompts, policy, seed, policy_version=version)

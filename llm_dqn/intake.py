@@ -1,19 +1,28 @@
 """Where a trainer's completions come from: it writes them itself, or takes in what other processes write."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from llm_dqn.exchange import Order
 from llm_dqn.overlap import Overlap
+from llm_dqn.policy import sampled
 from llm_dqn.recipe import DQNConfig
-from llm_dqn.sharding import gathered
+from llm_dqn.rollout import rollout
+from llm_dqn.sharding import gathered, whole
 from llm_dqn.shared_folder import SharedFolder
 from llm_dqn.signals import Stopped, StopRequest
 from llm_dqn.trainer_state import Checkpointed
-from llm_dqn.types import Episode
+from llm_dqn.types import Episode, Prompt
 
+FEWEST_GRADES = 8  # different rewards of the first collection, and half of all, that make them grades
+IMAGINE = 6  # name of a random stream, beside those of the trainer
+SHARP = 0.3  # temperature of acting once something was learned from rewards that repeat
+# Share of the rewards' variance that predictions must explain. Where successes are imitated, what is taken for one must
+# mostly be one; grades are shrunk towards their mean by what is not known, and weigh less.
+LEAST, LEAST_OF_GRADES = 0.6, 0.2
 Source = Callable[[], tuple[int, list[Episode]]]  # (how many completions were written, those that got a reward)
 
 
@@ -23,6 +32,8 @@ class Intake(Checkpointed):
     args: DQNConfig
     stop: StopRequest
     write_and_score: Source
+    seed_for: Callable[..., int]
+    written: Callable[..., list[Episode]]
 
     @property
     def apart(self) -> bool:
@@ -33,6 +44,16 @@ class Intake(Checkpointed):
     def epsilon(self) -> float:
         """Share of exploration at this step."""
         return self.parts.epsilon(self.step)
+
+    @property
+    def temperature(self) -> float:
+        """Of the acting policy. Where an answer is right or wrong, what the policy finds likeliest is worth a call."""
+        dyna = self.parts.dyna
+        if self.args.temperature is not None:
+            return self.args.temperature
+        if self.step == 0 or self.replay.graded or (dyna is not None and dyna.predicts):
+            return 1.0
+        return SHARP
 
     @property
     def negative_weight(self) -> float:
@@ -82,6 +103,45 @@ class Intake(Checkpointed):
                 yield
         if self.shared is not None:
             self.shared.close()
+
+    def see_first_rewards(self) -> None:
+        """Values start at the mean reward of the first collection, which also tells what kind of rewards these are."""
+        sums = self.replay.rewards.sum(), self.replay.different_rewards, len(self.replay)
+        rewards, different, count = self.parts.totals(*sums)
+        self.network.start_values_at(float(rewards / count))
+        self.replay.graded = bool(different >= max(FEWEST_GRADES, count / 2))
+        if self.replay.graded and self.args.negative_weight is None:
+            self.logbook.say("rewards are grades: low ones are learned from as well (dqn.negative_weight)")
+
+    # --- imagined ---------------------------------------------------------------------------------------------------
+
+    def imagine(self, scored: Sequence[Episode]) -> int:
+        """Adds completions of the same prompts whose rewards are predicted, as many for each scored one as it returns.
+
+        That is 0 where rewards cannot be predicted well enough, and where other processes write.
+        """
+        dyna, args = self.parts.dyna, self.args
+        if dyna is None or self.apart or self.parts.totals(len(scored)) == 0:
+            return 0
+        began = dyna.predicts
+        with whole(self.network):
+            known = self.processes.agree(lambda: dyna.unknown(self.replay))
+            dyna.learn(self.processes.gather(known), LEAST_OF_GRADES if self.replay.graded else LEAST)
+            self.logbook.add("replay/predicted_r2", dyna.model.skill)
+            if not dyna.predicts:
+                return 0
+            prompts = [
+                Prompt(e.prompt, "", e.prompt_ids.tolist(), e.columns) for e in scored for _ in range(args.imagined)
+            ]
+            policy, seed = sampled(), self.seed_for(IMAGINE, self.scored_completions)
+            write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
+            self.replay.add(self.processes.agree(lambda: dyna.judged(self.written(write, len(prompts)))))
+        if not began:
+            self.logbook.say(
+                f"rewards can be predicted ({dyna.model.skill:.0%} of their variance): {args.imagined} completions are "
+                "imagined for each scored one (replay.imagined)"
+            )
+        return args.imagined
 
     # --- from collectors elsewhere ----------------------------------------------------------------------------------
 

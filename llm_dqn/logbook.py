@@ -320,3 +320,9 @@ def _keep_lines(file: Path, count: int) -> None:
 def _versions() -> str:
     names = ("torch", "transformers", "peft", "accelerate", "datasets")
     return f"# llm-dqn {__version__}\n" + "".join(f"# {name} {version(name)}\n" for name in names)
+
+
+def trackers(report_to: str | Sequence[str]) -> list[str]:
+    """Names of the trackers asked for."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    return [name for name in names if name != "none"]

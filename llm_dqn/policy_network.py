@@ -22,9 +22,11 @@ from llm_dqn.errors import UserError
 from llm_dqn.heads import ActingHead, LinearQHead, ValueHead, chunk_for, reduce_states, taken_logprobs
 from llm_dqn.hidden_cache import HiddenCache
 from llm_dqn.numerics import denormals_are_zero
-from llm_dqn.states import action_states, spread
+from llm_dqn.states import action_states, completion_means, spread
 from llm_dqn.types import TokenBatch
 from llm_dqn.vocabulary import OutputRows
+
+DEPTHS = 5  # layers whose states describe a completion, embeddings and output among them
 
 
 class PolicyNetwork(nn.Module):
@@ -126,6 +128,19 @@ class PolicyNetwork(nn.Module):
             return trunk(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False
             ).last_hidden_state
+
+    @torch.no_grad()
+    def completion_states(self, tokens: TokenBatch) -> Tensor:
+        """(B, D) what the reference makes of whole completions: at a few depths the mean over their tokens' hidden
+        states, and the last state of all.
+        """
+        self.model.eval()
+        with self.roles.acting_as("reference") as plain, self._precision():
+            trunk = models.trunk(plain)
+            given = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+            states = trunk(**given, use_cache=False, output_hidden_states=True).hidden_states
+        depths = sorted({round(place * (len(states) - 1) / (DEPTHS - 1)) for place in range(DEPTHS)})
+        return completion_means([states[depth] for depth in depths], tokens)
 
     @denormals_are_zero()  # wherever it is asked for
     @torch.no_grad()

@@ -130,7 +130,11 @@ class RolloutSection(Section):
     max_completion_length: Annotated[Int, Field(ge=1)] = Field(
         default=64, description="Length cap of a completion, in tokens."
     )
-    temperature: Annotated[Float, Field(ge=0)] = Field(default=1.0, description="Divides the logits; 0 = greedy.")
+    temperature: Annotated[Float, Field(ge=0)] | None = Field(
+        default=None,
+        description="Divides the logits; 0 = greedy, null = 1, and 0.3 after the first collection where rewards "
+        "repeat and cannot be predicted.",
+    )
     top_k: Annotated[Int, Field(ge=0)] = Field(default=0, description="Sample among the k most likely tokens; 0 = all.")
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Sample in the smallest set of this probability; 1 = all."
@@ -278,6 +282,11 @@ class ReplaySection(Section):
     )
     updates_per_collect: Annotated[Int, Field(ge=1)] = Field(
         default=32, description="Learner steps between collections; more = fewer reward calls a step, older data."
+    )
+    imagined: Annotated[Int, Field(ge=0)] = Field(
+        default=3,
+        description="Completions with a predicted reward for each scored one, and as many more learner steps, where "
+        "rewards can be predicted; 0 = none.",
     )
     target_kl: Annotated[Float, Field(gt=0)] | None = Field(
         default=0.2,

@@ -141,7 +141,7 @@ def chosen(remembered: Remembered, choice: Choice) -> np.ndarray:
         raise UserError(f"--sort {choice.sort}: expected {', '.join(SORTS)}{did_you_mean(choice.sort, SORTS)}")
     if choice.source is not None and choice.source not in SOURCES:
         raise UserError(
-            f"--source {choice.source}: expected {' or '.join(SOURCES)}{did_you_mean(choice.source, SOURCES)}"
+            f"--source {choice.source}: expected {', '.join(SOURCES)}{did_you_mean(choice.source, SOURCES)}"
         )
     if choice.sort == "td-error" and not remembered.prioritized:
         raise UserError(f"--sort td-error: {NEVER_MEASURED}; sort by reward, age or slot")

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def rows(remembered: Remembered, places: np.ndarray, tokenizer: PreTrainedTokeni
 def export(run: str | Path, output: str | Path, choice: Choice, step: str | None = None) -> int:
     """Writes chosen episodes as Parquet, JSON lines or CSV, whole or not at all; returns how many.
 
-    A file that is there is replaced. In CSV, lists are JSON text. The file loads again as `replay.warm_start`.
+    Those whose reward is only predicted are left out unless they are asked for. A file that is there is replaced. In
+    CSV, lists are JSON text. The file loads again as `replay.warm_start`.
     """
     file = Path(output)
     if file.suffix.lower() not in WRITERS:
@@ -65,7 +67,10 @@ def export(run: str | Path, output: str | Path, choice: Choice, step: str | None
         what = "is a folder; name a file" if file.is_dir() else f"the folder {file.parent} does not exist"
         raise UserError(f"--output {output}: {what}")
     remembered = open_replay(run, step)
-    places = chosen(remembered, choice)
+    places = chosen(remembered, replace(choice, limit=None))
+    if choice.source is None:
+        places = places[remembered.facts["source"][places] != "imagined"]
+    places = places[: choice.limit]
     if len(places) == 0:
         raise UserError("no episode fits what was asked for, so nothing is written")
     temporary = file.with_name(file.name + ".tmp")

@@ -3,6 +3,8 @@
 B episodes, L padded length, T actions, N action positions, H hidden size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,16 @@ def split_values(flat: Tensor, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
     """Values of the visited states -> V(s_t) and V(s_{t+1}), (B, T) each, zero where masked."""
     values = spread(flat, _visited_mask(tokens))
     return values[:, :-1] * tokens.action_mask, values[:, 1:] * tokens.action_mask
+
+
+def completion_means(hidden: Sequence[Tensor], tokens: TokenBatch) -> Tensor:
+    """(B, L, H) of several layers -> (B, (layers + 1) H): each one's mean over the completion, and the last one's state
+    after the last token.
+    """
+    places = torch.arange(tokens.input_ids.shape[1], device=tokens.input_ids.device)
+    ends = tokens.prompt_lengths + tokens.action_mask.sum(1)
+    inside = (places >= tokens.prompt_lengths.unsqueeze(1)) & (places < ends.unsqueeze(1))
+    shares = inside.float() / tokens.action_mask.sum(1, keepdim=True)
+    means = [(states.float() * shares.unsqueeze(-1)).sum(1) for states in hidden]
+    final = hidden[-1][torch.arange(len(ends), device=ends.device), ends - 1].float()
+    return torch.cat([*means, final], dim=1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llm_dqn import recipe_changes
-from llm_dqn.assembly import Inputs, assemble, recipe_text, stream_seed, trackers, with_learning_rate
+from llm_dqn.assembly import Inputs, assemble, recipe_text, stream_seed, with_learning_rate
 from llm_dqn.errors import RunError, StepFailed
 from llm_dqn.examiner import Examiner
 from llm_dqn.hub import push
@@ -21,7 +21,7 @@ from llm_dqn.intake import Intake
 from llm_dqn.judging import Judges
 from llm_dqn.launch import check_launch
 from llm_dqn.learner import Learner
-from llm_dqn.logbook import Logbook
+from llm_dqn.logbook import Logbook, trackers
 from llm_dqn.losses import signed_weights
 from llm_dqn.memory import learning_batch, writing_batch
 from llm_dqn.numerics import NonFiniteSteps, QAlarm
@@ -31,13 +31,12 @@ from llm_dqn.recipe import DQNConfig, Recipe
 from llm_dqn.rollout import Writer, rollout, verify_generator
 from llm_dqn.sharding import adapters_whole, whole
 from llm_dqn.signals import StopRequest
-from llm_dqn.trust_region import LOOK_STEPS, behaviour_kl
+from llm_dqn.trust_region import LOOK_STEPS, MOST_LOOK_STEPS, behaviour_kl
 from llm_dqn.types import Episode, PrefixBatch, TDTarget, joined
 
 T = TypeVar("T")
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
 MAX_EMPTY_COLLECTS = 10  # in a row, without one scored completion
-FEWEST_GRADES = 8  # different rewards of the first collection, and half of all, that make them grades
 CURVE_PROMPTS = 64  # held-out prompts, at most, on which each of final_beta_scales is measured
 
 
@@ -183,12 +182,14 @@ class DQNTrainer(Intake):
     def collect(self) -> None:
         """The behaviour policy writes, the rewards judge whole completions, the replay remembers all their prefixes."""
         lacking = torch.tensor(1.0)  # processes that hold too few episodes; all go on together
+        fresh: list[Episode] = []
         for _ in range(MAX_EMPTY_COLLECTS):
             if self.budget_left == 0:
                 break
             started = time.perf_counter()
             written, episodes = self.source()
             self.replay.add(episodes)
+            fresh += episodes
             self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step, not self.apart)
             written, lacking = self.parts.totals(written, len(self.replay) < self.args.learning_starts)
             self.scored_completions += int(written)
@@ -198,14 +199,9 @@ class DQNTrainer(Intake):
             said = f"{self.scored_completions} completions scored, no reward among them"
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
-            sums = self.replay.rewards.sum(), self.replay.different_rewards, len(self.replay)
-            rewards, different, count = self.parts.totals(*sums)
-            self.network.start_values_at(float(rewards / count))
-            self.replay.graded = bool(different >= max(FEWEST_GRADES, count / 2))
-            if self.replay.graded and self.args.negative_weight is None:
-                self.logbook.say("rewards are grades: low ones are learned from as well (dqn.negative_weight)")
-        self.collected_at = self.step
-        self.collect_at, self.look_at = self.step + self.args.updates_per_collect, self.step + LOOK_STEPS
+            self.see_first_rewards()
+        steps = self.args.updates_per_collect * (1 + self.imagine(fresh))
+        self.collected_at, self.collect_at, self.look_at = self.step, self.step + steps, self.step + LOOK_STEPS
 
     def write_and_score(self) -> tuple[int, list[Episode]]:
         """(how many completions were written, those that got a reward), on this process."""
@@ -221,7 +217,7 @@ class DQNTrainer(Intake):
         """Fresh completions by the epsilon-greedy behaviour policy."""
         args, share = self.args, self.parts.accelerator.num_processes
         prompts = self.parts.stream.next_batch(-(-args.prompts_per_collect // share))[: self.budget_left]
-        policy = BehaviourPolicy(args.temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
+        policy = BehaviourPolicy(self.temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
         seed = self.seed_for(COLLECT, self.scored_completions)
         write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
         return self.written(write, len(prompts))
@@ -285,7 +281,8 @@ class DQNTrainer(Intake):
         shift = float(total / count)
         self.logbook.add("train/behaviour_kl", shift)
         since = self.step - self.collected_at
-        self.look_at = self.step + (LOOK_STEPS if shift > args.target_kl / 4 else since)  # later where little moves
+        # later where little moves
+        self.look_at = self.step + (LOOK_STEPS if shift > args.target_kl / 4 else min(since, MOST_LOOK_STEPS))
         return shift > args.target_kl
 
     def learned_enough(self) -> bool:

@@ -61,6 +61,7 @@ class Checkpointed:
             "logbook": self.logbook.state(),
             "shared": None if self.shared is None else self.shared.state(),
             "overlap": None if self.overlap is None else self.overlap.state(),
+            "dyna": None if self.parts.dyna is None else self.parts.dyna.state(),
             "early_stopping": None if self.parts.early_stopping is None else self.parts.early_stopping.state(),
         }
 
@@ -72,6 +73,7 @@ class Checkpointed:
             "optimizer": sharding.gathered(checkpoint.optimizer_tensors(self.parts.optimizer)),
             f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
             **({} if self.overlap is None else self.overlap.tensors()),
+            **({} if self.parts.dyna is None else self.parts.dyna.tensors()),
             **({} if self.parts.early_stopping is None else {"best": self.parts.early_stopping.best}),
         }
 
@@ -98,6 +100,8 @@ class Checkpointed:
             self.shared.load_state(state["shared"])
         if self.overlap is not None and state.get("overlap"):
             self.overlap.load_state(state["overlap"], tensors)
+        if self.parts.dyna is not None and state.get("dyna"):
+            self.parts.dyna.load_state(state["dyna"], tensors, self.replay)
         if self.parts.early_stopping is not None and state.get("early_stopping"):
             self.parts.early_stopping.load_state(state["early_stopping"], tensors["best"])
         self.parts.stream.load_state_dict(state["prompts"])

@@ -8,7 +8,7 @@ from llm_dqn.network import QNetwork
 from llm_dqn.replay import PrefixReplay
 
 NEWEST = 64  # completions, at most and for each process, by which it is measured
-LOOK_STEPS = 4  # learner steps between two looks at it, while it is considerable
+LOOK_STEPS, MOST_LOOK_STEPS = 4, 16  # learner steps between two looks at it, while it is considerable, and at most
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class Episode:
     reward: float = float("nan")  # total; NaN until it is scored
     rewards: dict[str, float | None] = field(default_factory=dict)  # each reward function; None = abstained
     policy_version: int = 0  # learner step that wrote it
-    source: Literal["online", "logged"] = "online"
+    source: Literal["online", "logged", "imagined"] = "online"  # imagined: its reward is predicted
     columns: dict[str, Any] = field(default_factory=dict)
 
 

@@ -25,13 +25,13 @@ assembly score_rows logbook hub replay_browser exchange
 bundle saver
 evaluation scoring checkpoint launch card opening early_stopping trust_region
 sharding
-rollout strength objective
+rollout strength objective dyna
 engines
 network rewards
 policy_network
 adapters policy replay reward_cache row_stream data metrics console reward_functions report
 heads states vocabulary token_texts heatmap report_charts episode_store reward_model reward_worker isolation
-hidden_cache tables models pages run_files calibration warning_signs priority_tree
+hidden_cache outcome_model tables models pages run_files calibration warning_signs priority_tree
 targets losses schedules recipe charts statistics references processes reduction memory numerics resume
 offline recipe_changes
 recipe_problems recipe_sections shipped

@@ -24,6 +24,7 @@ DECISIVE = (
     "importance_sampling_cap",
     *("target_sync_steps", "target_tau", "prior", "support_top_k", "advantage_weight", "expectile", "cql_weight"),
     "negative_weight",
+    "imagined",
     *(
         "truncated",
         "capacity",

@@ -76,7 +76,7 @@ def train_online(
     policy that writes is refreshed every so many completions; 0: before each collection.
     settings: learning_rate; completions a collection; of_each, completions a prompt: the best of more than one is kept
     where they differ, a single one where it beats the running mean; remember, collections that are learned from;
-    updates a collection, of `batch` completions.
+    updates a collection, of `batch` completions; temperature of all collections but the first.
     """
     tuner = Tuner(task, course, settings["learning_rate"], seed)
     memory: list[list[Kept]] = [successes(tuner, logged)] if logged else []
@@ -96,7 +96,8 @@ def train_online(
         for _ in range(settings["completions"] // settings["of_each"]):
             order = order or tuner.rng.permutation(len(task.train)).tolist()
             rows += [task.train[order.pop()]] * settings["of_each"]
-        written = write(writer, tuner.tokenizer, [row["prompt"] for row in rows], task.length)
+        heat = settings.get("temperature", 1.0) if collection else 1.0
+        written = write(writer, tuner.tokenizer, [row["prompt"] for row in rows], task.length, temperature=heat)
         rewards = judged(course, rows, written)
         rewards_seen += rewards
         memory.append(_best(rows, written, rewards, settings["of_each"], float(np.mean(rewards_seen))))

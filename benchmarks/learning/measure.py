@@ -25,6 +25,7 @@ def write(
     prompts: Sequence[str],
     length: int,
     greedy: bool = False,
+    temperature: float = 1.0,
 ) -> list[list[int]]:
     """Token ids of one completion a prompt, the end-of-sequence token included where it was written."""
     config = GenerationConfig(
@@ -32,7 +33,7 @@ def write(
         do_sample=not greedy,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
+        **({} if greedy else {"temperature": temperature, "top_k": 0, "top_p": 1.0}),
     )
     found: list[list[int]] = []
     was_training = model.training

@@ -18,12 +18,13 @@ Settings = Mapping[str, Any]
 @dataclass(frozen=True)
 class Method:
     """label: as tables name it. kind: which module trains it. grid: the configurations it is tuned over; one without
-    a grid of several is measured as it is.
+    a grid of several is measured as it is. then: what is tried beside the best of the grid, each on top of it.
     """
 
     label: str
     kind: str
     grid: tuple[Settings, ...]
+    then: tuple[Settings, ...] = ()
 
 
 def _grid(fixed: Settings | None = None, **choices: list[Any]) -> tuple[Settings, ...]:
@@ -41,6 +42,9 @@ def _also(grid: tuple[Settings, ...], more: Settings) -> tuple[Settings, ...]:
     return tuple({**settings, **more} for settings in grid)
 
 
+# llm_dqn acts at 0.3 where answers are right or wrong, so the others may write as sharply.
+SHARPER = ({"temperature": 0.3}, {"temperature": 0.6})
+
 TEXTBOOK = {
     "q_head": "linear",
     "prior": "uniform",
@@ -54,6 +58,7 @@ TEXTBOOK = {
     "target_sync_steps": 32,
     "explore": "uniform",
     "temperature": 0.0,
+    "imagined": 0,
 }
 # Kostrikov et al. 2022 and Snell et al. 2022 by the recipe's switches: expectile V, one-step Q, conservative term, the
 # prior's log-probabilities plus Q over a temperature. The Q-head is linear on the tuned trunk, one of it, not two.
@@ -89,6 +94,7 @@ ONLINE = {
             iterations=[4, 12],
             size=[{"completions": 64, "num_generations": 8}, {"completions": 32, "num_generations": 4}],
         ),
+        SHARPER,
     ),
     "rloo": Method(
         "TRL RLOO",
@@ -98,6 +104,7 @@ ONLINE = {
             iterations=[4, 12],
             size=[{"completions": 32, "num_generations": 4}, {"completions": 16, "num_generations": 4}],
         ),
+        SHARPER,
     ),
     "best_of_n": Method(
         "best-of-n SFT",
@@ -108,6 +115,7 @@ ONLINE = {
             of_each=[4, 8],
             updates=[4, 16],
         ),
+        SHARPER,
     ),
     "filtered": Method(
         "filtered SFT",
@@ -118,11 +126,13 @@ ONLINE = {
             updates=[4, 16],
             remember=[4, 64],
         ),
+        SHARPER,
     ),
     "reinforce": Method(
         "REINFORCE, running mean, no groups",
         "reinforce",
         _grid({"completions": 64}, learning_rate=[1e-5, 3e-5, 1e-4, 3e-4], iterations=[1, 4, 12]),
+        SHARPER,
     ),
     "textbook": Method(
         "textbook DQN",

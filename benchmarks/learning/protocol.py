@@ -95,6 +95,13 @@ def best(results: Sequence[Result]) -> Settings:
     return max(results, key=lambda one: sum(score(at_mark(one, mark)) for mark in one["marks"]))["settings"]
 
 
+def sharper_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
+    """What is tried beside the best of the grid."""
+    marks = tuning_cells(plan, task, method)[0].marks
+    further = REGIMES[plan.regime].methods[method].then
+    return [Cell(task, plan.regime, method, {**settings, **more}, 0, "tuning", marks) for more in further]
+
+
 def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
     first = 128 if REGIMES[plan.regime].online else 25
     marks = doubling(first, plan.amount("budget" if is_ours(method) else "reference", task))
@@ -104,7 +111,10 @@ def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[C
 def tune(plan: Plan, store: Store, task: str, method: str, pool: Executor | None = None) -> Settings:
     """The configuration that the method goes on with."""
     cells = tuning_cells(plan, task, method)
-    return best(run_missing(store, cells, pool)) if cells else REGIMES[plan.regime].methods[method].grid[0]
+    if not cells:
+        return REGIMES[plan.regime].methods[method].grid[0]
+    settings = best(run_missing(store, cells, pool))
+    return best(run_missing(store, [*cells, *sharper_cells(plan, task, method, settings)], pool))
 
 
 def run(plan: Plan, store: Store, pool: Executor | None = None) -> dict[str, dict[str, list[Result]]]:
@@ -148,6 +158,10 @@ def finished(plan: Plan, store: Store) -> dict[str, dict[str, list[Result]]]:
             tried = [known.get(cell.key) for cell in tuning_cells(plan, task, method)]
             if None in tried:
                 continue
+            if tried:
+                tried += [known.get(cell.key) for cell in sharper_cells(plan, task, method, best(tried))]
+                if None in tried:
+                    continue
             settings = best(tried) if tried else REGIMES[plan.regime].methods[method].grid[0]
             results = [known.get(cell.key) for cell in test_cells(plan, task, method, settings)]
             if None not in results:

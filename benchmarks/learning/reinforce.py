@@ -17,7 +17,8 @@ REMEMBERED = 1024  # rewards behind the baseline and the scale
 
 def train(task: Task, course: Course, settings: Mapping[str, Any], budget: int, seed: int) -> dict[str, Any]:
     """One run of `budget` scored completions. settings: learning_rate, completions a collection, iterations: updates on
-    each collection, all of it at a time, with the clipped surrogate of PPO; the mean over tokens.
+    each collection, all of it at a time, with the clipped surrogate of PPO; the mean over tokens; temperature of all
+    collections but the first.
 
     Methods that compare within a group of completions have nothing to learn from where each prompt gets one.
     """
@@ -32,7 +33,8 @@ def train(task: Task, course: Course, settings: Mapping[str, Any], budget: int, 
             order = order or tuner.rng.permutation(len(task.train)).tolist()
             rows.append(task.train[order.pop()])
         prompts = [row["prompt"] for row in rows]
-        written = write(tuner.model, tuner.tokenizer, prompts, task.length)
+        heat = settings.get("temperature", 1.0) if seen else 1.0
+        written = write(tuner.model, tuner.tokenizer, prompts, task.length, temperature=heat)
         rewards = judged(course, rows, written)
         seen = [*seen, *rewards][-REMEMBERED:]
         if np.std(seen) == 0:
