@@ -19,7 +19,7 @@ from llm_dqn.types import Episode, Prompt
 
 FEWEST_GRADES = 8  # different rewards of the first collection, and half of all, that make them grades
 IMAGINE = 6  # name of a random stream, beside those of the trainer
-SHARP = 0.3  # temperature of acting once something was learned from rewards that repeat
+SHARP = 0.3  # temperature of acting once something was learned from answers that are right or wrong
 # Share of the rewards' variance that predictions must explain. Where successes are imitated, what is taken for one must
 # mostly be one; grades are shrunk towards their mean by what is not known, and weigh less.
 LEAST, LEAST_OF_GRADES = 0.6, 0.2
@@ -47,11 +47,13 @@ class Intake(Checkpointed):
 
     @property
     def temperature(self) -> float:
-        """Of the acting policy. Where an answer is right or wrong, what the policy finds likeliest is worth a call."""
-        dyna = self.parts.dyna
+        """Of the acting policy. Where an answer is right or wrong, what the policy finds likeliest is worth a call.
+
+        Part of a reward for part of an answer is another matter: acting sharply, nobody would find the rest.
+        """
         if self.args.temperature is not None:
             return self.args.temperature
-        if self.step == 0 or self.replay.graded or (dyna is not None and dyna.predicts):
+        if self.step == 0 or self.replay.different_rewards > 2:
             return 1.0
         return SHARP
 

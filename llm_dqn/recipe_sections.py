@@ -132,8 +132,8 @@ class RolloutSection(Section):
     )
     temperature: Annotated[Float, Field(ge=0)] | None = Field(
         default=None,
-        description="Divides the logits; 0 = greedy, null = 1, and 0.3 after the first collection where rewards "
-        "repeat and cannot be predicted.",
+        description="Divides the logits; 0 = greedy, null = 1, and 0.3 after the first collection while no more than "
+        "two different rewards have been seen.",
     )
     top_k: Annotated[Int, Field(ge=0)] = Field(default=0, description="Sample among the k most likely tokens; 0 = all.")
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(

@@ -195,7 +195,7 @@ def test_features_do_not_depend_on_the_batch(build_model, tmp_path, architecture
     assert dyna.unknown(run.replay) == {}  # known by now
 
 
-@pytest.mark.parametrize(("knows", "sharp"), [("nothing", False), ("right", True)])
+@pytest.mark.parametrize(("knows", "sharp"), [("nothing", False), ("share", False), ("right", True)])
 def test_acting_is_sharp_where_answers_are_right_or_wrong(tiny_llama_path, tmp_path, knows, sharp):
     run = trainer(tiny_llama_path, tmp_path / "run", Judge(knows), max_steps=2, imagined=0)
     assert run.temperature == 1.0
