@@ -42,8 +42,8 @@ def _also(grid: tuple[Settings, ...], more: Settings) -> tuple[Settings, ...]:
     return tuple({**settings, **more} for settings in grid)
 
 
-# llm_dqn acts at 0.3 where answers are right or wrong, so those who need no groups may write as sharply. In a group written
-# at 0.6 GRPO finds less to compare (`benchmarks/LOG.md`).
+# llm_dqn acts at 0.3 where answers are right or wrong, so those who need no groups may write as sharply. In a group
+# written at 0.6 GRPO finds less to compare (`benchmarks/LOG.md`).
 SHARPER = ({"temperature": 0.3}, {"temperature": 0.6})
 
 TEXTBOOK = {
