@@ -14,11 +14,14 @@ from benchmarks.learning.store import Store, run_missing
 HALF = {"updates_per_collect": 16, "target_sync_steps": 32}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "nothing imagined": {"imagined": 0},
+    "temperature 1 throughout": {"temperature": 1.0},
+    "neither: as it was before": {"imagined": 0, "temperature": 1.0},
     "no trust region": {"target_kl": None},
     "trust region of 0.1 nats": {"target_kl": 0.1},
     "trust region of 0.4 nats": {"target_kl": 0.4},
     "no limit on successes": {"success_odds": 1e9},
-    "neither": {"target_kl": None, "success_odds": 1e9},
+    "no bound on reuse": {"target_kl": None, "success_odds": 1e9},
     "advantage weight 0": {"advantage_weight": 0.0},
     "advantage weight 1": {"advantage_weight": 1.0},
     "advantage weight 10": {"advantage_weight": 10.0},
