@@ -123,7 +123,7 @@ class Intake(Checkpointed):
         That is 0 where rewards cannot be predicted well enough, and where other processes write.
         """
         dyna, args = self.parts.dyna, self.args
-        if dyna is None or self.apart or self.parts.totals(len(scored)) == 0:
+        if dyna is None or self.apart:
             return 0
         began = dyna.predicts
         with whole(self.network):

@@ -183,6 +183,7 @@ class DQNTrainer(Intake):
         """The behaviour policy writes, the rewards judge whole completions, the replay remembers all their prefixes."""
         lacking = torch.tensor(1.0)  # processes that hold too few episodes; all go on together
         fresh: list[Episode] = []
+        before = self.scored_completions
         for _ in range(MAX_EMPTY_COLLECTS):
             if self.budget_left == 0:
                 break
@@ -200,7 +201,8 @@ class DQNTrainer(Intake):
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
             self.see_first_rewards()
-        steps = self.args.updates_per_collect * (1 + self.imagine(fresh))
+        imagined = self.imagine(fresh) if self.scored_completions > before else 0  # for each scored one
+        steps = self.args.updates_per_collect * (1 + imagined)
         self.collected_at, self.collect_at, self.look_at = self.step, self.step + steps, self.step + LOOK_STEPS
 
     def write_and_score(self) -> tuple[int, list[Episode]]:

@@ -191,7 +191,10 @@ def test_figures_by_hand(two_processes: Path) -> None:
     assert (figures["episodes"], figures["by_process"], figures["added"]) == (6, [4, 2], 6)
     assert (figures["distinct_prompts"], figures["distinct_completions"]) == (3, 4)
     assert figures["duplicates"] == 2  # [5, 6] [7, 8] three times
-    assert figures["source"] == {"online": 5, "logged": 1, "imagined": 0} and figures["ended"] == {"eos": 5, "length": 1}
+    assert figures["source"] == {"online": 5, "logged": 1, "imagined": 0} and figures["ended"] == {
+        "eos": 5,
+        "length": 1,
+    }
     assert figures["reward"]["mean"] == pytest.approx(2.75 / 6)
     assert (figures["reward"]["min"], figures["reward"]["max"]) == (-1.0, 2.0)
     assert figures["reward_histogram"] == [(r, r, 1) for r in (-1.0, 0.0, 0.25, 0.5, 1.0, 2.0)]

@@ -182,7 +182,7 @@ def test_case_38_two_processes_begin_a_step_again_together(two):
         assert max(found["apart"].values()) < 1e-6 < found["moved"]
         pieces = [[1, 4], [1, 4]] + [[1, 2]] * 4 + [[2, 2]] * 4
         assert found["pieces"] == [[0, 4]] * 2 + pieces, rank
-        assert found["messages"] == [2, 5, 2]  # the second step is followed by a collection, which takes 3
+        assert found["messages"] == [2, 6, 2]  # the second step is followed by a collection, which takes 4
         assert note["memory_runs_out_on_one"]["seconds"] < 60
 
 
