@@ -35,7 +35,7 @@ def _needed(results: Sequence[Result], threshold: float) -> str:
 
 
 def _settings(result: Result) -> str:
-    usual = {"q_head", "prior", "backup", "n_step", "target", "explore", "temperature", "gamma", "target_tau"}
+    usual = {"q_head", "prior", "backup", "n_step", "target", "explore", "gamma", "target_tau"}
     told = {key: value for key, value in result["settings"].items() if key not in usual}
     return ", ".join(f"{key} {value}" for key, value in told.items()) or "as shipped"
 
