@@ -76,7 +76,7 @@ class Dyna:
         rewards = torch.cat([part["rewards"] for part in fresh])
         known = {name: values.numpy() for name, values in self._known.items()}
         self.model.fit(**known, newest=len(rewards))
-        mean, error = float(rewards.double().mean()), float(rewards.double().std() / len(rewards) ** 0.5)
+        mean, error = float(rewards.double().mean()), float(rewards.double().std(correction=0) / len(rewards) ** 0.5)
         self.best_mean = mean if self.best_mean is None else max(mean, self.best_mean)
         self.skill = self.model.skill if self.skill is None else (self.skill + self.model.skill) / 2
         self.predicts = self.skill >= least_skill and mean >= self.best_mean - TOLERATED * error

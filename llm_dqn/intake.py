@@ -122,7 +122,7 @@ class Intake(Checkpointed):
 
         That is 0 where rewards cannot be predicted well enough, and where other processes write.
         """
-        dyna, args = self.parts.dyna, self.args
+        dyna = self.parts.dyna
         if dyna is None or self.apart:
             return 0
         began = dyna.predicts
@@ -133,17 +133,17 @@ class Intake(Checkpointed):
             if not dyna.predicts:
                 return 0
             prompts = [
-                Prompt(e.prompt, "", e.prompt_ids.tolist(), e.columns) for e in scored for _ in range(args.imagined)
+                Prompt(e.prompt, "", e.prompt_ids.tolist(), e.columns) for e in scored for _ in range(dyna.per_scored)
             ]
             policy, seed = sampled(), self.seed_for(IMAGINE, self.scored_completions)
             write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
             self.replay.add(self.processes.agree(lambda: dyna.judged(self.written(write, len(prompts)))))
         if not began:
             self.logbook.say(
-                f"rewards can be predicted ({dyna.model.skill:.0%} of their variance): {args.imagined} completions are "
-                "imagined for each scored one (replay.imagined)"
+                f"rewards can be predicted ({dyna.model.skill:.0%} of their variance): {dyna.per_scored} completions "
+                "are imagined for each scored one (replay.imagined)"
             )
-        return args.imagined
+        return dyna.per_scored
 
     # --- from collectors elsewhere ----------------------------------------------------------------------------------
 

@@ -88,7 +88,7 @@ def test_predicted_rewards_are_learned_from_and_cost_no_call(tiny_llama_path, tm
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     skills = [line["replay/predicted_r2"] for line in lines if "replay/predicted_r2" in line]
     assert len(skills) == 2 and skills[-1] == pytest.approx(run.parts.dyna.model.skill)
-    assert "completions are imagined for each scored one" in capsys.readouterr().out
+    assert "are imagined for each scored one" in capsys.readouterr().out
     texts = {tuple(ids.tolist()) for ids in _completions(run, sources == 2)}
     assert len(texts) > SIZE  # written anew, not those that were scored
 
