@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from llm_dqn import data, losses, models, replay, schedules, targets
 from llm_dqn.adapters import LoraConfig, lora_facts
 from llm_dqn.dyna import Dyna
-from llm_dqn.early_stopping import EarlyStopping, kept_apart, mean_reward
+from llm_dqn.early_stopping import EarlyStopping, HeldOut, kept_apart, mean_reward
 from llm_dqn.errors import UserError
 from llm_dqn.launch import accelerator_for
 from llm_dqn.network import Backup, QNetwork
@@ -65,7 +65,8 @@ class Parts:
     writer: Writer
     rewards: Rewards
     replay: PrefixReplay
-    early_stopping: EarlyStopping | None
+    early_stopping: EarlyStopping | None  # of a run that learns from a log alone
+    held_out: HeldOut | None
     dyna: Dyna | None
     sampling: SamplingRule
     stream: data.PromptStream
@@ -197,11 +198,10 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     share = args.held_out_share if args.max_scored_completions == 0 else 0.0  # new completions need no watching
     logged, kept = kept_apart(inputs.logged, share, stream_seed(args.seed, HOLD_OUT))
     fill_from_log(memory, writer, logged[rank::world])
-    early_stopping = None
+    held_out = None
     if kept:
-        add_up = partial(accelerator.reduce, reduction="sum")
-        early_stopping = EarlyStopping(network, mean_reward(inputs.logged), add_up)
-        fill_from_log(early_stopping.episodes, writer, kept[rank::world])
+        held_out = HeldOut(network, mean_reward(inputs.logged), partial(accelerator.reduce, reduction="sum"))
+        fill_from_log(held_out.episodes, writer, kept[rank::world])
     return Parts(
         accelerator=accelerator,
         network=network,
@@ -211,8 +211,9 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         writer=writer,
         rewards=inputs.rewards,
         replay=memory,
-        early_stopping=early_stopping,
-        dyna=Dyna(network, args.imagined) if args.imagined and args.max_scored_completions != 0 else None,
+        early_stopping=EarlyStopping(network) if args.max_scored_completions == 0 else None,
+        held_out=held_out,
+        dyna=Dyna(network, args.imagined) if args.imagined else None,
         sampling=sampling_rule(args),
         stream=data.PromptStream(inputs.train_prompts, args.seed, args.num_generations, rank, world),
         eval_prompts=inputs.eval_prompts,

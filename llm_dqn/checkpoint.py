@@ -23,7 +23,7 @@ from llm_dqn.errors import RunError, UserError
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.resume import dealt
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST, STATE = "manifest.json", "state.json"
 UNFINISHED, SET_ASIDE = ".tmp", ".set-aside"  # endings of folders that are no checkpoints
 # What evaluations are compared by, the first first; the best checkpoint is kept whatever its age.

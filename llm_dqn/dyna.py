@@ -20,8 +20,10 @@ from llm_dqn.outcome_model import OutcomeModel
 from llm_dqn.replay import ENDED, SOURCES, PrefixReplay, collate_tokens
 from llm_dqn.types import Episode, TokenBatch
 
-REMEMBERED = 1024  # newest scored episodes that predictions are learned from
+REMEMBERED = 2048  # newest scored episodes that predictions are learned from
 TOLERATED = 2.0  # standard errors
+SURE = 2.0  # standard deviations of what is predicted
+LOOKS = 4  # collections over which it is smoothed what is surely predicted
 ROWS = 64  # episodes whose features are computed at a time
 IMAGINED = SOURCES.index("imagined")
 # Of n scored episodes: features (n, D), rewards (n,), and numbers that tell their prompts apart, prompts (n,).
@@ -40,6 +42,8 @@ class Dyna:
         self.predicts = False  # whether predictions were good enough after the last collection, and what came of them
         self.skill: float | None = None  # of the model on newest rewards, smoothed over collections
         self.best_mean: float | None = None  # reward of the best collection
+        self._lows: list[float] = []  # of the last imagined collections, what is surely predicted
+        self._newest = 0  # of what is known, how many came last
         self._read = 0  # episodes ever added to the replay, up to which all are known
         self._known: Known = {}
 
@@ -73,25 +77,41 @@ class Dyna:
             return
         parts = [self._known, *fresh] if self._known else fresh
         self._known = {name: torch.cat([part[name] for part in parts])[-REMEMBERED:] for name in fresh[0]}
-        rewards = torch.cat([part["rewards"] for part in fresh])
-        known = {name: values.numpy() for name, values in self._known.items()}
-        self.model.fit(**known, newest=len(rewards))
+        rewards = torch.cat([part["rewards"] for part in fresh])[-REMEMBERED:]
+        self._newest = len(rewards)
+        self._fit()
         mean, error = float(rewards.double().mean()), float(rewards.double().std(correction=0) / len(rewards) ** 0.5)
         self.best_mean = mean if self.best_mean is None else max(mean, self.best_mean)
         self.skill = self.model.skill if self.skill is None else (self.skill + self.model.skill) / 2
         self.predicts = self.skill >= least_skill and mean >= self.best_mean - TOLERATED * error
 
-    def judged(self, episodes: Sequence[Episode]) -> list[Episode]:
-        """The episodes with predicted rewards."""
-        judged = []
+    def _fit(self) -> None:
+        self.model.fit(**{name: values.numpy() for name, values in self._known.items()}, newest=self._newest)
+
+    def judged(self, episodes: Sequence[Episode]) -> tuple[list[Episode], np.ndarray]:
+        """The episodes with predicted rewards, and how uncertain these are: (m,) standard deviations."""
+        judged: list[Episode] = []
+        unsure: list[np.ndarray] = []
         for start in range(0, len(episodes), ROWS):
             part = episodes[start : start + ROWS]
             tokens = collate_tokens([e.prompt_ids for e in part], [e.completion_ids for e in part])
             ref_logprobs = pad_sequence([e.ref_logprobs for e in part], batch_first=True)
             ended = torch.tensor([ENDED.index(e.ended) for e in part])
-            rewards = self.model.predict(self.features(tokens, ref_logprobs, ended).numpy())
+            features = self.features(tokens, ref_logprobs, ended).numpy()
+            rewards = self.model.predict(features)
             judged += [replace(e, reward=float(r), source="imagined") for e, r in zip(part, rewards, strict=True)]
-        return judged
+            unsure.append(self.model.uncertainty(features))
+        return judged, np.concatenate([np.zeros(0), *unsure])
+
+    def promise(self, reward: float, unsure: float) -> float:
+        """What the policy surely earns: a mean over the last imagined collections. reward, unsure: means of what is
+        predicted of the newest, and of its standard deviation.
+
+        A policy that drifts to where predictions are too high drifts away from all that was scored, where they are
+        uncertain: that falls while predictions still rise.
+        """
+        self._lows = [*self._lows, reward - SURE * unsure][-LOOKS:]
+        return float(np.mean(self._lows))
 
     def features(self, tokens: TokenBatch, ref_logprobs: Tensor, ended: Tensor) -> Tensor:
         """(B, D) float32: hidden states of the base model, how likely it finds the whole and a token, length, ending.
@@ -106,7 +126,13 @@ class Dyna:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside `tensors`."""
-        return {"predicts": self.predicts, "skill": self.skill, "best_mean": self.best_mean}
+        return {
+            "predicts": self.predicts,
+            "skill": self.skill,
+            "best_mean": self.best_mean,
+            "newest": self._newest,
+            "lows": self._lows,
+        }
 
     def tensors(self) -> dict[str, Known]:
         """What is known, the same on every process; nothing before the first rewards."""
@@ -115,5 +141,8 @@ class Dyna:
     def load_state(self, state: dict[str, Any], tensors: dict[str, Known], replay: PrefixReplay) -> None:
         """The reverse of `state` and `tensors`; all that the restored replay holds is known."""
         self.predicts, self.skill, self.best_mean = state["predicts"], state["skill"], state["best_mean"]
+        self._newest, self._lows = state["newest"], list(state["lows"])
         self._read = replay.added
         self._known = dict(tensors.get("outcomes", {}))
+        if self._known:
+            self._fit()

@@ -1,4 +1,4 @@
-"""Logged completions that are not learned from: they say when learning from the others has gone far enough."""
+"""When learning from a log alone has gone far enough, and which policy on the way is kept."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +18,11 @@ LOOK_STEPS = 25  # learner steps between two looks
 PATIENCE = 200  # learner steps to go on after the best look, and as many again as it took to get there
 FEWEST = 8  # episodes that scored above the mean, below which nothing is held out
 MOST = 128  # such episodes that are looked at, by all processes together
+HELD_OUT, PREDICTED = "eval/held_out_nll", "eval/predicted_reward"  # metrics that say when to stop
+SAID = {
+    HELD_OUT: "held-out successes were likeliest after step {step} ({value:.3f} nats a token)",
+    PREDICTED: "predicted rewards were surely highest after step {step} (at least {value:.3f})",
+}
 
 
 def mean_reward(logged: Sequence[LoggedRow]) -> float:
@@ -44,26 +49,17 @@ def kept_apart(logged: Sequence[LoggedRow], share: float, seed: int) -> tuple[Se
     return [row for row in logged if row.prompt.text not in apart], kept
 
 
-class EarlyStopping:
-    """How likely the policy makes held-out episodes that scored well, and the weights that made them likeliest.
+class HeldOut:
+    """Logged episodes that scored well and are not learned from.
 
     A policy that learns from the same few successes over and over ends up knowing them by heart; others then get less
-    likely. Learning is over when they have not got likelier for `PATIENCE` steps and as many again as it took to get
-    there. Prechelt 1998, https://doi.org/10.1007/3-540-49430-8_3.
-
-    mean_reward: of all that was logged; `episodes` are a replay of some that scored better. add_up: (n,) sums of n
-    numbers over all processes, which look together.
+    likely. mean_reward: of all that was logged; `episodes` are a replay of some that scored better. add_up: (n,) sums
+    of n numbers over all processes, which look together.
     """
 
     def __init__(self, network: QNetwork, mean_reward: float, add_up: Callable[[Tensor], Tensor]) -> None:
         self.network, self.mean_reward, self.add_up = network, mean_reward, add_up
         self.episodes = PrefixReplay(MOST)
-        self.best_step, self.best_nll = 0, float("inf")
-        self.best: dict[str, Tensor] = {}  # whole, in main memory
-
-    def due(self, step: int, last: bool) -> bool:
-        """Whether it is time to look."""
-        return step % LOOK_STEPS == 0 or last
 
     @torch.no_grad()
     def nll(self, batch_size: int) -> float:
@@ -77,27 +73,47 @@ class EarlyStopping:
         total, weight = self.add_up(sums.to(self.network.device))
         return float(total / weight)
 
-    def seen(self, step: int, nll: float) -> None:
-        """Keeps the weights of the policy after `step` if it is the best so far."""
-        if nll < self.best_nll or not self.best:
-            self.best_step, self.best_nll = step, nll
+
+class EarlyStopping:
+    """The policy that looked best, by one of the figures in `SAID`, and whether learning has had its chance.
+
+    It is over when nothing better was seen for `PATIENCE` steps and as many again as it took to get to the best.
+    Prechelt 1998, https://doi.org/10.1007/3-540-49430-8_3.
+    """
+
+    def __init__(self, network: QNetwork) -> None:
+        self.network = network
+        self.figure: str | None = None
+        self.best_step, self.best_value = 0, 0.0
+        self.best: dict[str, Tensor] = {}  # whole, in main memory; empty before the first look
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether it is time to look."""
+        return step % LOOK_STEPS == 0 or last
+
+    def seen(self, step: int, figure: str, value: float) -> None:
+        """Keeps the weights of the policy after `step` if it is the best so far; by another figure all begins anew."""
+        sign = -1 if figure == HELD_OUT else 1
+        if figure != self.figure or sign * value > sign * self.best_value:
+            self.figure, self.best_step, self.best_value = figure, step, value
             whole = sharding.gathered(self.network.checkpoint_state())
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
 
     def over(self, step: int) -> bool:
         """Whether further learning has been given its chance."""
-        return step >= 2 * self.best_step + PATIENCE
+        return bool(self.best) and step >= 2 * self.best_step + PATIENCE
 
     def put_back(self) -> str:
         """Makes the network what it was at the best look; says so."""
+        assert self.figure is not None
         sharding.restore(self.network.checkpoint_state(), self.best)
-        nll = f"{self.best_nll:.3f} nats a token"
-        return f"held-out successes were likeliest after step {self.best_step} ({nll}): that policy is kept"
+        return f"{SAID[self.figure].format(step=self.best_step, value=self.best_value)}: that policy is kept"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside `best`."""
-        return {"best_step": self.best_step, "best_nll": self.best_nll}
+        return {"figure": self.figure, "best_step": self.best_step, "best_value": self.best_value}
 
     def load_state(self, state: dict[str, Any], best: dict[str, Tensor]) -> None:
         """The reverse of `state` and `best`."""
-        self.best_step, self.best_nll, self.best = state["best_step"], state["best_nll"], best
+        self.figure, self.best_step, self.best_value = state["figure"], state["best_step"], state["best_value"]
+        self.best = best

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from llm_dqn.early_stopping import HELD_OUT, PREDICTED
 from llm_dqn.exchange import Order
 from llm_dqn.overlap import Overlap
 from llm_dqn.policy import sampled
@@ -117,8 +118,9 @@ class Intake(Checkpointed):
 
     # --- imagined ---------------------------------------------------------------------------------------------------
 
-    def imagine(self, scored: Sequence[Episode]) -> int:
-        """Adds completions of the same prompts whose rewards are predicted, as many for each scored one as it returns.
+    def imagine(self, scored: Sequence[Episode], alone: bool) -> int:
+        """Adds completions whose rewards are predicted: of the prompts of the scored ones as many for each as it
+        returns; `alone`, where nothing was scored, those of a collection.
 
         That is 0 where rewards cannot be predicted well enough, and where other processes write.
         """
@@ -128,22 +130,57 @@ class Intake(Checkpointed):
         began = dyna.predicts
         with whole(self.network):
             known = self.processes.agree(lambda: dyna.unknown(self.replay))
-            dyna.learn(self.processes.gather(known), LEAST_OF_GRADES if self.replay.graded else LEAST)
+            least = LEAST_OF_GRADES if self.replay.graded else LEAST
+            dyna.learn(self.processes.gather(known), least)
             self.logbook.add("replay/predicted_r2", dyna.model.skill)
             if not dyna.predicts:
                 return 0
-            prompts = [
-                Prompt(e.prompt, "", e.prompt_ids.tolist(), e.columns) for e in scored for _ in range(dyna.per_scored)
-            ]
-            policy, seed = sampled(), self.seed_for(IMAGINE, self.scored_completions)
-            write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
-            self.replay.add(self.processes.agree(lambda: dyna.judged(self.written(write, len(prompts)))))
+            prompts = self.next_prompts() if alone else _again(scored, dyna.per_scored)
+            seed = self.seed_for(IMAGINE, self.step if alone else self.scored_completions)
+            write = partial(rollout, prompts=prompts, policy=sampled(), seed=seed, policy_version=self.step)
+            judged, unsure = self.processes.agree(lambda: dyna.judged(self.written(write, len(prompts))))
+        if alone:
+            facts = sum(e.reward for e in judged), unsure.sum(), (unsure**2).sum(), len(judged)
+            total, deviations, squares, count = map(float, self.parts.totals(*facts))
+            if not began and dyna.model.skill_at(squares / count) < least:
+                dyna.predicts = False  # what the policy writes has little in common with the log
+                return 0
+            self.looked_at(dyna.promise(total / count, deviations / count))
+        self.replay.add(judged)
         if not began:
+            many = f"{dyna.per_scored} completions are imagined for each scored one"
+            many = "all completions are imagined, and predictions say when to stop" if alone else many
             self.logbook.say(
-                f"rewards can be predicted ({dyna.model.skill:.0%} of their variance): {dyna.per_scored} completions "
-                "are imagined for each scored one (replay.imagined)"
+                f"rewards can be predicted ({dyna.model.skill:.0%} of their variance): {many} (replay.imagined)"
             )
-        return dyna.per_scored
+        return 0 if alone else dyna.per_scored
+
+    def looked_at(self, promise: float) -> None:
+        """Keeps the policy if predicted rewards promise more of it than of any before."""
+        if self.parts.early_stopping is not None:
+            self.logbook.add(PREDICTED, promise)
+            self.parts.early_stopping.seen(self.step, PREDICTED, promise)
+
+    def next_prompts(self) -> list[Prompt]:
+        """The share of a collection that falls to one process."""
+        return self.parts.stream.next_batch(-(-self.args.prompts_per_collect // self.processes.world))
+
+    def learned_enough(self) -> bool:
+        """In a run that learns from a log alone: whether predicted rewards, or else held-out completions, say so."""
+        stopping, held_out, dyna = self.parts.early_stopping, self.parts.held_out, self.parts.dyna
+        if stopping is None:
+            return False
+        last = self.step == self.args.max_steps
+        if dyna is not None and dyna.predicts:
+            if last and self.step > self.collected_at:
+                self.imagine((), alone=True)  # collections look, and after the last one there were steps
+                self.collected_at = self.step
+        elif held_out is not None and stopping.due(self.step, last):
+            with whole(self.network):
+                nll = held_out.nll(self.args.per_device_train_batch_size)
+            stopping.seen(self.step, HELD_OUT, nll)
+            self.logbook.add(HELD_OUT, nll)
+        return stopping.over(self.step)
 
     # --- from collectors elsewhere ----------------------------------------------------------------------------------
 
@@ -203,3 +240,8 @@ class Intake(Checkpointed):
             scored = self.scored_completions + ahead * self.processes.world
             order = Order(self.overlap.next, self.step, self.epsilon, position, draw, completions, scored)
             self.overlap.place(order, gathered(self.network.checkpoint_state()))
+
+
+def _again(scored: Sequence[Episode], times: int) -> list[Prompt]:
+    """The prompts of scored episodes, each so many times."""
+    return [Prompt(e.prompt, "", e.prompt_ids.tolist(), e.columns) for e in scored for _ in range(times)]

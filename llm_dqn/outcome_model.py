@@ -22,19 +22,20 @@ class OutcomeModel:
         before. newest: of how many of the last ones `skill` tells; None: of all.
 
         That a policy is better than it was is easily predicted and of no use: among what it writes now, the good must
-        be told from the bad. With the Gram matrix, D may be far larger than n. Hoerl & Kennard 1970, https://doi.org/10.2307/1267351.
+        be told from the bad. With the smaller of two Gram matrices, neither n nor D alone makes it slow. Hoerl &
+        Kennard 1970, https://doi.org/10.2307/1267351.
         """
         rewards, features = np.asarray(rewards, dtype=np.float64), np.asarray(features, dtype=np.float64)
         self.skill, self._range = 0.0, (float(rewards.min()), float(rewards.max()))
-        self._mean, self._scale = rewards.mean(), (features.std(0) + 1e-6) * np.sqrt(features.shape[1])
-        self._center, self._slopes = features.mean(0), np.zeros(features.shape[1])
+        varies = features.std(0) > 1e-6
+        self._scale = np.where(varies, features.std(0), np.inf) * np.sqrt(features.shape[1])
+        self._mean, self._center, self._slopes = rewards.mean(), features.mean(0), np.zeros(features.shape[1])
         groups = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
         if len(rewards) < FEWEST or len(groups) < FEWEST_PROMPTS or rewards.var() <= 0:
             return
         scaled, centred = (features - self._center) / self._scale, rewards - self._mean
-        sizes, basis = np.linalg.eigh(scaled @ scaled.T)
-        sizes, along = sizes.clip(min=0), basis.T @ centred
-        penalties = PENALTIES * max(sizes.max(), 1e-9)
+        sizes, basis = _spectrum(scaled)
+        penalties = PENALTIES * max(sizes.max(initial=0), 1e-9)
         penalties = penalties[[(sizes / (sizes + one)).sum() <= MOST_FREEDOM * len(rewards) for one in penalties]]
         errors = [_left_out(basis, sizes / (sizes + penalty), centred, groups) for penalty in penalties]
         best = int(np.argmin([error.mean() for error in errors]))
@@ -42,12 +43,55 @@ class OutcomeModel:
         spread = rewards[last].var()
         if errors[best].mean() < rewards.var() and errors[best][last].mean() < spread:
             self.skill = float(1 - errors[best][last].mean() / spread)
-            self._slopes = scaled.T @ (basis @ (along / (sizes + penalties[best])))
+            self._penalty, self._sizes = penalties[best], sizes
+            own = (basis**2 @ (sizes / (sizes + self._penalty))).clip(max=1 - 1e-9)
+            # an error at what is left out is 1 / (1 - own) times noise, own / (1 - own) of it from not knowing better
+            self._noise = (errors[best] * (1 - own)).mean()
+            self._variances = rewards.var(), self._noise * (own / (1 - own)).mean()
+            self._axes = scaled.T @ basis
+            self._slopes = self._axes @ ((basis.T @ centred) / (sizes + self._penalty))
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """(m,) expected rewards of (m, D) features, within the range of those that were seen."""
-        scaled = (np.asarray(features, dtype=np.float64) - self._center) / self._scale
-        return (self._mean + scaled @ self._slopes).clip(*self._range)
+        return (self._mean + self._scaled(features) @ self._slopes).clip(*self._range)
+
+    def uncertainty(self, features: np.ndarray) -> np.ndarray:
+        """(m,) standard deviation of what is predicted of (m, D) features, 0 where nothing was learned.
+
+        The further from all that was seen, the larger, up to that of the rewards; what a reward scatters about its
+        expectation is not in it. Ridge regression as a Gaussian process: Rasmussen & Williams 2006, eq. 2.11,
+        https://gaussianprocess.org/gpml.
+        """
+        if self.skill == 0:
+            return np.zeros(len(features))
+        scaled = self._scaled(features)
+        known = (scaled @ self._axes) ** 2 / (self._sizes + self._penalty)
+        variance = ((scaled**2).sum(1) - known.sum(1)).clip(min=0) * self._noise / self._penalty
+        return np.sqrt(variance.clip(max=self._variances[0]))
+
+    def skill_at(self, variance: float) -> float:
+        """What `skill` would be of completions of which predictions are as uncertain as this, on average.
+
+        variance: mean square of `uncertainty`. It says whether a log of what others wrote tells of what this policy
+        writes. Below 0 where they have little in common.
+        """
+        if self.skill == 0:
+            return 0.0
+        spread, usual = self._variances
+        return self.skill - (variance - usual) / spread
+
+    def _scaled(self, features: np.ndarray) -> np.ndarray:
+        return (np.asarray(features, dtype=np.float64) - self._center) / self._scale
+
+
+def _spectrum(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(eigenvalues (k,), eigenvectors (n, k)) of the (n, n) Gram matrix of n rows of D features, k = min(n, D)."""
+    if len(scaled) <= scaled.shape[1]:
+        sizes, basis = np.linalg.eigh(scaled @ scaled.T)
+        return sizes.clip(min=0), basis
+    sizes, axes = np.linalg.eigh(scaled.T @ scaled)
+    found = sizes > 1e-12 * sizes.max()  # along the others nothing varies
+    return sizes[found], scaled @ axes[:, found] / np.sqrt(sizes[found])
 
 
 def _left_out(basis: np.ndarray, kept: np.ndarray, rewards: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:

@@ -286,7 +286,7 @@ class ReplaySection(Section):
     imagined: Annotated[Int, Field(ge=0)] = Field(
         default=3,
         description="Completions with a predicted reward for each scored one, and as many more learner steps, where "
-        "rewards can be predicted; 0 = none.",
+        "rewards can be predicted; with logged data alone, all that are written unless it is 0; 0 = none.",
     )
     target_kl: Annotated[Float, Field(gt=0)] | None = Field(
         default=0.2,
@@ -317,7 +317,8 @@ class ReplaySection(Section):
     )
     held_out_share: Annotated[Float, Field(ge=0, lt=1)] = Field(
         default=0.1,
-        description="With logged data alone: share of its prompts that is not learned from and says when to stop.",
+        description="With logged data alone: share of its prompts that is not learned from and says when to stop "
+        "where predicted rewards do not.",
     )
 
 

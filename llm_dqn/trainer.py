@@ -145,7 +145,7 @@ class DQNTrainer(Intake):
                 self.begin(resume, allow_changes, replay_repair)
                 with self.source_open():
                     self.learn()
-                if self.parts.early_stopping is not None:
+                if self.parts.early_stopping is not None and self.parts.early_stopping.best:
                     self.logbook.say(self.parts.early_stopping.put_back())
                 self.save_model()
                 return self.evaluate()
@@ -201,7 +201,7 @@ class DQNTrainer(Intake):
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
             self.see_first_rewards()
-        imagined = self.imagine(fresh) if self.scored_completions > before else 0  # for each scored one
+        imagined = self.imagine(fresh, alone=self.scored_completions == before)  # for each scored one
         steps = self.args.updates_per_collect * (1 + imagined)
         self.collected_at, self.collect_at, self.look_at = self.step, self.step + steps, self.step + LOOK_STEPS
 
@@ -286,17 +286,6 @@ class DQNTrainer(Intake):
         # later where little moves
         self.look_at = self.step + (LOOK_STEPS if shift > args.target_kl / 4 else min(since, MOST_LOOK_STEPS))
         return shift > args.target_kl
-
-    def learned_enough(self) -> bool:
-        """Whether logged completions that are not learned from say so; asked in a run that writes none."""
-        early_stopping, last = self.parts.early_stopping, self.step == self.args.max_steps
-        if early_stopping is None or not early_stopping.due(self.step, last):
-            return False
-        with whole(self.network):
-            nll = early_stopping.nll(self.args.per_device_train_batch_size)
-        early_stopping.seen(self.step, nll)
-        self.logbook.add("eval/held_out_nll", nll)
-        return early_stopping.over(self.step)
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop: heard with each update, and again before a collection, a long one."""

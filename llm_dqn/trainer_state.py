@@ -67,14 +67,14 @@ class Checkpointed:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint, part by part."""
-        rank = self.parts.accelerator.process_index
+        rank, stopping = self.parts.accelerator.process_index, self.parts.early_stopping
         return {
             "network": sharding.gathered(self.network.checkpoint_state()),
             "optimizer": sharding.gathered(checkpoint.optimizer_tensors(self.parts.optimizer)),
             f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
             **({} if self.overlap is None else self.overlap.tensors()),
             **({} if self.parts.dyna is None else self.parts.dyna.tensors()),
-            **({} if self.parts.early_stopping is None else {"best": self.parts.early_stopping.best}),
+            **({} if stopping is None or not stopping.best else {"best": stopping.best}),
         }
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -103,7 +103,7 @@ class Checkpointed:
         if self.parts.dyna is not None and state.get("dyna"):
             self.parts.dyna.load_state(state["dyna"], tensors, self.replay)
         if self.parts.early_stopping is not None and state.get("early_stopping"):
-            self.parts.early_stopping.load_state(state["early_stopping"], tensors["best"])
+            self.parts.early_stopping.load_state(state["early_stopping"], tensors.get("best", {}))
         self.parts.stream.load_state_dict(state["prompts"])
         restore_schedule(self.parts.scheduler, state["scheduler"])
         self.logbook.load_state(state["logbook"], self.step)

@@ -70,8 +70,8 @@ def quick(monkeypatch):
 @pytest.fixture
 def always(monkeypatch):
     """However little is known: what is predicted of so few completions of a random model is not worth much."""
-    monkeypatch.setattr(intake, "LEAST", 0.0)
-    monkeypatch.setattr(intake, "LEAST_OF_GRADES", 0.0)
+    monkeypatch.setattr(intake, "LEAST", -1e9)
+    monkeypatch.setattr(intake, "LEAST_OF_GRADES", -1e9)
     monkeypatch.setattr(dyna, "TOLERATED", 1e9)
 
 
@@ -116,7 +116,7 @@ def test_the_shipped_judge_is_predicted_as_well_as_it_is_said_to_be(tmp_path):
 
 
 def _beside(run: DQNTrainer, episodes: list) -> list:
-    return list(zip(episodes, run.parts.dyna.judged(episodes), strict=True))
+    return list(zip(episodes, run.parts.dyna.judged(episodes)[0], strict=True))
 
 
 def test_it_ends_when_true_rewards_fall(tiny_llama_path, tmp_path):
@@ -138,19 +138,87 @@ def test_it_ends_when_true_rewards_fall(tiny_llama_path, tmp_path):
     assert told == [True, True, True, False, True]
 
 
-@pytest.mark.parametrize(("knows", "options"), [("nothing", {}), ("share", {"imagined": 0}), ("share", {"budget": 0})])
+@pytest.mark.parametrize(("knows", "options"), [("nothing", {}), ("share", {"imagined": 0})])
 def test_nothing_is_imagined_where_nothing_is_known_or_nothing_is_to_be(tiny_llama_path, tmp_path, knows, options):
-    if "budget" in options:
-        log = tmp_path / "log.jsonl"
-        facts = [
-            {**row, "completion": " aeiou"[: 2 + place % 4], "reward": place % 4} for place, row in enumerate(ROWS)
-        ]
-        log.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
-        options = {"max_scored_completions": 0, "warm_start": str(log), "held_out_share": 0.0}
     judge = Judge(knows)
     run = learned(tiny_llama_path, tmp_path / "run", judge, max_steps=4, **options)
     assert not (run.replay.store.column("source") == 2).any()
-    assert judge.asked == run.scored_completions == (0 if "warm_start" in options else 2 * SIZE)
+    assert judge.asked == run.scored_completions == 2 * SIZE
+
+
+def log_of(folder: Path, noise: float = 0.0) -> dict[str, object]:
+    """Settings of a run on a log alone, of single letters, whose rewards can be predicted, up to noise."""
+    draw = np.random.default_rng(0)
+    words = [" " + "".join(draw.choice(list("aeioubcdfg"), size=5)) for _ in range(2 * SIZE)]
+    rewards = [sum(letter in "aeiou" for letter in word) / 5 + noise * draw.normal() for word in words]
+    facts = [
+        {**ROWS[place % len(ROWS)], "completion": word, "reward": reward}
+        for place, (word, reward) in enumerate(zip(words, rewards, strict=True))
+    ]
+    file = folder / "log.jsonl"
+    file.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    return {"max_scored_completions": 0, "warm_start": str(file), "held_out_share": 0.0}
+
+
+def test_a_log_alone_is_enough_to_imagine_from(tiny_llama_path, tmp_path, always, capsys):
+    judge = Judge()
+    run = learned(tiny_llama_path, tmp_path / "run", judge, max_steps=7, **log_of(tmp_path))
+    assert judge.asked == run.scored_completions == 0
+    sources = run.replay.store.column("source")
+    # before steps 0, 2, 4 and 6, and once more to look at the last policy
+    assert [int((sources == kind).sum()) for kind in range(3)] == [0, 2 * SIZE, 5 * SIZE]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    promises = [line["eval/predicted_reward"] for line in lines if "eval/predicted_reward" in line]
+    watch = run.parts.early_stopping
+    assert len(promises) == 4 and watch.figure == "eval/predicted_reward" and watch.best_value >= max(promises)
+    for name, weight in run.network.checkpoint_state().items():
+        assert torch.equal(weight, watch.best[name]), name
+    said = capsys.readouterr().out
+    assert "all completions are imagined" in said and f"surely highest after step {watch.best_step}" in said
+
+
+@pytest.mark.parametrize("options", [{}, {"imagined": 0}, {"noise": 0.2}])
+def test_a_log_that_does_not_tell_is_learned_from_by_itself(tiny_llama_path, tmp_path, options):
+    """Because its rewards are noise, because it shall be, or because the policy writes nothing like it."""
+    noise = options.pop("noise", 9.0)
+    run = learned(tiny_llama_path, tmp_path / "run", max_steps=4, **log_of(tmp_path, noise), **options)
+    if noise < 1:
+        assert run.parts.dyna.model.skill > intake.LEAST_OF_GRADES and not run.parts.dyna.predicts
+    assert set(run.replay.store.column("source")[: len(run.replay)]) == {1} and not run.parts.early_stopping.best
+
+
+def test_a_run_on_a_log_that_imagines_goes_on_exactly(tiny_llama_path, tmp_path, always, monkeypatch):
+    log = log_of(tmp_path)
+    whole = learned(tiny_llama_path, tmp_path / "whole", max_steps=13, **log)
+    monkeypatch.setattr(
+        DQNTrainer, "report", lambda run, _: setattr(run.stop, "requested", 15) if run.step == 5 else None
+    )
+    with pytest.raises(SystemExit):
+        learned(tiny_llama_path, tmp_path / "cut", max_steps=13, **log)
+    monkeypatch.undo()
+    monkeypatch.setattr(DQNTrainer, "evaluate", lambda self: {})
+    again = learned(tiny_llama_path, tmp_path / "cut", max_steps=13, resume=True, **log)
+    for part in ("step", "collect_at", "prompts", "dyna", "early_stopping"):
+        assert Checkpointed.state(again)[part] == Checkpointed.state(whole)[part], part
+    for name, weight in whole.network.checkpoint_state().items():
+        assert torch.equal(weight, again.network.checkpoint_state()[name]), name
+
+
+def test_where_predictions_are_uncertain_less_is_promised(tiny_llama_path, tmp_path):
+    """Away from what was scored predictions rise, and what is sure of them falls."""
+    dyna, draw = trainer(tiny_llama_path, tmp_path, Judge()).parts.dyna, torch.Generator().manual_seed(0)
+    features = torch.randn(300, 60, generator=draw)
+    rewards = features[:, 0] + 0.5 * torch.randn(300, generator=draw)
+    dyna.learn([{"features": features, "rewards": rewards, "prompts": torch.arange(300)}], 0.2)
+    assert dyna.predicts
+    lows = []
+    for shift, stray in ((0.0, 0.0), (1.0, 0.0), (1.5, 8.0)):
+        seen = torch.randn(64, 60, generator=draw) * (1 + stray)
+        seen[:, 0] = shift
+        predicted = dyna.model.predict(seen.numpy())
+        lows.append(float((predicted - 2 * dyna.model.uncertainty(seen.numpy())).mean()))
+    assert lows[0] < lows[1] > lows[2]
+    assert [round(dyna.promise(low + 0.2, 0.1), 3) for low in (1.0, 0.0, 0.5, 0.5, 2.0)] == [1.0, 0.5, 0.5, 0.5, 0.75]
 
 
 def test_a_run_that_imagines_goes_on_exactly(tiny_llama_path, tmp_path, always):

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from llm_dqn import DQNConfig, DQNTrainer, early_stopping
 from llm_dqn.data import LoggedRow
-from llm_dqn.early_stopping import FEWEST, MOST, kept_apart
+from llm_dqn.early_stopping import FEWEST, HELD_OUT, MOST, PREDICTED, kept_apart
 from llm_dqn.types import Prompt
 from tests.networks import lora
 
@@ -86,6 +86,7 @@ def trained(model: str, log: Path, folder: Path, steps: int, resume: bool = Fals
         logging_steps=2,
         eval_steps=0,
         save_steps=7,
+        imagined=0,
         final_eval_prompts=4,
     )
     prompts = Dataset.from_list([{"prompt": f"{number} of {LOG}"} for number in range(LOG)])
@@ -104,10 +105,12 @@ def test_learning_stops_and_the_policy_that_generalised_best_is_left(tiny_llama_
     run = trained(tiny_llama_path, log, tmp_path / "run", steps=400)
     watch = run.parts.early_stopping
     assert watch.best_step > 0 and run.step == 2 * watch.best_step + 8 < 400
-    assert watch.nll(4) == pytest.approx(watch.best_nll, rel=1e-5)  # the weights in memory, and so in adapter/
+    assert run.parts.held_out.nll(4) == pytest.approx(
+        watch.best_value, rel=1e-5
+    )  # the weights in memory, and so in adapter/
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [line["eval/held_out_nll"] for line in lines if "eval/held_out_nll" in line]
-    assert min(seen) == pytest.approx(watch.best_nll) and seen[-1] > watch.best_nll < seen[0]
+    assert min(seen) == pytest.approx(watch.best_value) and seen[-1] > watch.best_value < seen[0]
     assert f"likeliest after step {watch.best_step}" in capsys.readouterr().out
 
 
@@ -123,4 +126,20 @@ def test_a_run_that_is_cut_goes_on_to_the_same_policy(tiny_llama_path, log, tmp_
 
 def test_without_held_out_prompts_a_run_learns_to_its_end(tiny_llama_path, log, tmp_path):
     run = trained(tiny_llama_path, log, tmp_path / "run", STEPS, held_out_share=0.0)
-    assert run.step == STEPS and run.parts.early_stopping is None and len(run.replay) == LOG
+    assert run.step == STEPS and run.parts.held_out is None and len(run.replay) == LOG
+    assert not run.parts.early_stopping.best
+
+
+def test_one_figure_begins_where_another_was_looked_at_before(tiny_llama_path, log, tmp_path):
+    """Held-out completions are looked at before the first step; whether rewards can be predicted is known a little
+    later. The lower a loss, the better; the higher a reward."""
+    watch = trained(tiny_llama_path, log, tmp_path / "run", 2, held_out_share=0.0).parts.early_stopping
+    assert not watch.over(10**6)
+    looks = [(0, HELD_OUT, 3.0), (4, HELD_OUT, 2.0), (6, HELD_OUT, 2.5)]
+    looks += [(8, PREDICTED, -1.0), (12, PREDICTED, 0.5), (16, PREDICTED, 0.2)]
+    best = [(0, 3.0), (4, 2.0), (4, 2.0), (8, -1.0), (12, 0.5), (12, 0.5)]
+    for look, expected in zip(looks, best, strict=True):
+        watch.seen(*look)
+        assert (watch.best_step, watch.best_value) == expected
+    assert not watch.over(31) and watch.over(32)
+    assert "surely highest after step 12 (at least 0.500)" in watch.put_back()

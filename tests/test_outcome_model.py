@@ -78,6 +78,50 @@ def test_leaving_out_in_closed_form_is_fitting_without() -> None:
     assert np.allclose(errors, expected, rtol=1e-9)
 
 
+def test_more_episodes_than_features_are_no_other_problem() -> None:
+    """The smaller Gram matrix gives what the larger gives: a feature that is always zero changes nothing."""
+    features, slopes = DRAW.normal(size=(120, 30)), DRAW.normal(size=30)
+    rewards, unseen = features @ slopes + DRAW.normal(size=120), 3 * DRAW.normal(size=(40, 30))
+    few = fitted(features, rewards)
+    padded = fitted(np.pad(features, ((0, 0), (0, 200))), rewards)
+    assert few.skill == pytest.approx(padded.skill) and 0.5 < few.skill < 1
+    padding = np.pad(unseen, ((0, 0), (0, 200)))
+    assert np.allclose(few.predict(unseen), padded.predict(padding))
+    assert np.allclose(few.uncertainty(unseen), padded.uncertainty(padding))
+    assert fitted(np.ones((120, 30)), rewards).skill == 0
+
+
+def test_uncertainty_is_that_of_the_gaussian_process() -> None:
+    features = DRAW.normal(size=(90, 30))
+    rewards = features[:, :3].sum(1) + DRAW.normal(size=90)
+    model, unseen = fitted(features, rewards), DRAW.normal(size=(7, 30))
+    x, z = ((some - features.mean(0)) / features.std(0) / np.sqrt(30) for some in (features, unseen))
+    prior = model._noise / model._penalty  # variance of a slope
+    cross = prior * z @ x.T
+    covariance = prior * z @ z.T - cross @ np.linalg.solve(prior * x @ x.T + model._noise * np.eye(90), cross.T)
+    assert np.allclose(model.uncertainty(unseen), np.sqrt(np.diag(covariance)))
+    assert model.uncertainty(unseen).max() < rewards.std() == pytest.approx(model.uncertainty(99 * unseen).min())
+    known_nothing = fitted(DRAW.normal(size=(64, 4)), np.ones(64))
+    assert not known_nothing.uncertainty(DRAW.normal(size=(5, 4))).any() and known_nothing.skill_at(0.0) == 0
+
+
+@pytest.mark.parametrize(("episodes", "features"), [(400, 30), (60, 90)])
+def test_uncertainty_is_as_large_as_errors_are(episodes: int, features: int) -> None:
+    """Over many draws, of episodes like those that were seen and of others further away."""
+    told, found, skills = [], [], []
+    for _ in range(40):
+        seen, unseen = DRAW.normal(size=(episodes, features)), 1.5 * DRAW.normal(size=(200, features))
+        slopes = DRAW.normal(size=features) / features**0.5
+        model = fitted(seen, seen @ slopes + DRAW.normal(size=episodes))
+        if model.skill > 0:
+            told.append(model.uncertainty(unseen).mean())
+            found.append(np.sqrt(((model.predict(unseen) - unseen @ slopes) ** 2).mean()))
+            skills.append([model.skill_at((model.uncertainty(unseen / 1.5) ** 2).mean()), model.skill])
+    assert len(told) > 15 and 0.7 < np.mean(told) / np.mean(found) < 1.4
+    # leaving out one episode after the other has told what is predicted of others that are alike
+    assert np.mean(skills, axis=0)[0] == pytest.approx(np.mean(skills, axis=0)[1], abs=0.1)
+
+
 def test_predictions_stay_within_the_rewards_that_were_seen() -> None:
     features = DRAW.normal(size=(100, 4))
     rewards = np.tanh(features[:, 0])

@@ -95,7 +95,7 @@ def run(cell: Cell) -> dict[str, Any]:
     kind = regime.methods[cell.method].kind
     settings = for_task(cell.settings, task, kind)
     rows = task.tuning if cell.part == "tuning" else task.test
-    logged = logged_rows(task) if regime.logged else []
+    logged = logged_rows(task)[: regime.logged] if regime.logged else []
     started = time.time()
     course = Course(task, rows, cell.marks, cell.seed)
     budget = cell.marks[-1] if regime.online else 0

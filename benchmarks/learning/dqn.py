@@ -69,7 +69,7 @@ class Watched(DQNTrainer):
         if not self.course.due(at):
             return
         stopping, now = self.parts.early_stopping, {}
-        if stopping is not None:
+        if stopping is not None and stopping.best:
             now = {name: weight.clone() for name, weight in self.network.checkpoint_state().items()}
             stopping.put_back()
         with self.network.writer("online") as model:
@@ -84,6 +84,13 @@ class Watched(DQNTrainer):
 def lora_of(task: Task) -> LoraConfig | None:
     """The adapter that every method tunes; None: all weights."""
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if task.tuned == "lora" else None
+
+
+def written_log(logged: Sequence[Row], folder: Path) -> str:
+    """The path of a file with these completions, for `warm_start`."""
+    file = folder / "logged.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in logged), encoding="utf-8")
+    return str(file)
 
 
 def train(
@@ -117,9 +124,7 @@ def train(
             **chosen,
         }
         if logged:
-            file = Path(folder) / "logged.jsonl"
-            file.write_text("".join(json.dumps(row) + "\n" for row in logged), encoding="utf-8")
-            given["warm_start"] = str(file)
+            given["warm_start"] = written_log(logged, Path(folder))
         trainer = Watched(
             str(task.base()),
             [course.scored],

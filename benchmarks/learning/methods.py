@@ -71,6 +71,7 @@ ILQL = {
     "target_sync_steps": 1,
     "advantage_weight": 0.0,
     "success_share": 0.0,
+    "imagined": 0,
 }
 
 ONLINE = {
@@ -146,6 +147,7 @@ ONLINE = {
 
 LOGGED = {
     "ours": Method("llm_dqn, defaults", "dqn", ({},)),
+    "ours_log_alone": Method("llm_dqn, nothing imagined", "dqn", ({"imagined": 0},)),
     "ours_tuned": Method(
         "llm_dqn, tuned",
         "dqn",
@@ -161,6 +163,7 @@ LOGGED = {
         "sft",
         _grid({"batch": 16, "held_out": 0.1}, learning_rate=[3e-5, 1e-4, 3e-4, 1e-3], above=[None, 0.75, 0.9]),
     ),
+    "grpo_predicted": Method("TRL GRPO, the same predicted rewards", "grpo", ONLINE["grpo"].grid),
     "ilql": Method(
         "ILQL",
         "dqn",
@@ -181,20 +184,21 @@ class Regime:
     """Where completions come from.
 
     methods: who takes part. online: new ones are written and scored, what is spent counts in them (else in updates).
-    logged: 2,000 scored completions of the base model are given. stale: the policy that writes is refreshed every so
+    logged: so many scored completions of the base model are given. stale: the policy that writes is refreshed every so
     many completions; 0: before each collection.
     """
 
     methods: Mapping[str, Method]
     online: bool = True
-    logged: bool = False
+    logged: int = 0
     stale: int = 0
 
 
 REGIMES = {
     "online": Regime(ONLINE),
-    "logged": Regime(LOGGED, online=False, logged=True),
-    "logged_online": Regime(LOGGED_ONLINE, logged=True),
+    "logged": Regime(LOGGED, online=False, logged=2000),
+    "logged_500": Regime({name: LOGGED[name] for name in ("ours", "filtered")}, online=False, logged=500),
+    "logged_online": Regime(LOGGED_ONLINE, logged=2000),
     "stale_8": Regime(STALE, stale=8 * 64),
     "stale_32": Regime(STALE, stale=32 * 64),
 }

@@ -13,6 +13,7 @@ from benchmarks.learning.course import Course
 from benchmarks.learning.dqn import lora_of
 from benchmarks.learning.fine_tuning import Tuner, successes
 from benchmarks.learning.methods import LORA_FACTOR
+from benchmarks.learning.predicted import predicted_rewards
 from benchmarks.learning.tasks import Row, Task
 
 FIRST_RATE, FIRST_BATCH = 1e-4, 16  # of fine-tuning on a log
@@ -31,7 +32,7 @@ COMMON = {
 
 
 class _Watch(TrainerCallback):
-    """Looks at the policy after the last update of each collection."""
+    """Looks at the policy after the last update of each collection. completions: that it takes; 0: updates count."""
 
     def __init__(self, course: Course, completions: int, updates: int) -> None:
         self.course, self.completions, self.updates = course, completions, updates
@@ -42,7 +43,8 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         collections, rest = divmod(state.global_step, self.updates)
         if rest == 0:
-            self.course.look(collections * self.completions, state.global_step, lambda: model)
+            at = collections * self.completions or state.global_step
+            self.course.look(at, state.global_step, lambda: model)
 
 
 def train(
@@ -55,7 +57,8 @@ def train(
     logged: Sequence[Row] = (),
     stale: int = 0,
 ) -> dict[str, Any]:
-    """One run of `budget` scored completions. settings: learning_rate, completions an update, iterations over each, and
+    """One run of `budget` scored completions; of none, as many updates as the last mark says by `predicted_rewards` of
+    the logged ones. settings: learning_rate, completions an update, iterations over each, and
     any other field of TRL's configuration.
 
     logged: the model is first fine-tuned on its successes for `logged_updates`, since these methods cannot use them.
@@ -76,19 +79,19 @@ def train(
             steps_per_generation=slices,
             num_iterations=iterations,
             max_completion_length=task.length,
-            max_steps=budget // completions * iterations,
+            max_steps=budget // completions * iterations or -(-course.marks[-1] // iterations) * iterations,
             seed=seed,
             **{**COMMON, **chosen},
         )
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         trainer = trainer_of(
             model=_tuned_on(logged, task, course, first, seed, Path(folder)) if first else str(task.base()),
-            reward_funcs=[course.scored],
+            reward_funcs=[course.scored if budget else predicted_rewards(task, logged)],
             args=config,
             train_dataset=Dataset.from_list(task.train),
             processing_class=course.tokenizer,
             peft_config=lora_of(task),
-            callbacks=[_Watch(course, completions * slices, iterations * slices)],
+            callbacks=[_Watch(course, completions * slices if budget else 0, iterations * slices)],
         )
         trainer.train()
     if course.scored.count != budget:
