@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from llm_dqn.dyna import Dyna
 from llm_dqn.early_stopping import HELD_OUT, PREDICTED
 from llm_dqn.exchange import Order
 from llm_dqn.overlap import Overlap
@@ -73,6 +76,11 @@ class Intake(Checkpointed):
             return sys.maxsize
         return max(0, budget - self.scored_completions) // self.parts.accelerator.num_processes
 
+    @property
+    def draw(self) -> int:
+        """Prompts of a collection that fall to this process."""
+        return -(-self.args.prompts_per_collect // self.processes.world)
+
     def choose_source(self) -> Source:
         """Collectors elsewhere, collectors of this run's own, or nobody but the trainer."""
         args, parts, say = self.args, self.parts, self.logbook.say
@@ -118,9 +126,8 @@ class Intake(Checkpointed):
 
     # --- imagined ---------------------------------------------------------------------------------------------------
 
-    def imagine(self, scored: Sequence[Episode], alone: bool) -> int:
-        """Adds completions whose rewards are predicted: of the prompts of the scored ones as many for each as it
-        returns; `alone`, where nothing was scored, those of a collection.
+    def imagine(self, scored: Sequence[Episode]) -> int:
+        """Adds completions of the same prompts whose rewards are predicted, as many for each scored one as it returns.
 
         That is 0 where rewards cannot be predicted well enough, and where other processes write.
         """
@@ -129,41 +136,66 @@ class Intake(Checkpointed):
             return 0
         began = dyna.predicts
         with whole(self.network):
-            known = self.processes.agree(lambda: dyna.unknown(self.replay))
-            least = LEAST_OF_GRADES if self.replay.graded else LEAST
-            dyna.learn(self.processes.gather(known), least)
-            self.logbook.add("replay/predicted_r2", dyna.model.skill)
+            self.learn_to_predict(dyna)
             if not dyna.predicts:
                 return 0
-            prompts = self.next_prompts() if alone else _again(scored, dyna.per_scored)
-            seed = self.seed_for(IMAGINE, self.step if alone else self.scored_completions)
-            write = partial(rollout, prompts=prompts, policy=sampled(), seed=seed, policy_version=self.step)
-            judged, unsure = self.processes.agree(lambda: dyna.judged(self.written(write, len(prompts))))
-        if alone:
-            facts = sum(e.reward for e in judged), unsure.sum(), (unsure**2).sum(), len(judged)
-            total, deviations, squares, count = map(float, self.parts.totals(*facts))
-            if not began and dyna.model.skill_at(squares / count) < least:
-                dyna.predicts = False  # what the policy writes has little in common with the log
-                return 0
-            self.looked_at(dyna.promise(total / count, deviations / count))
+            prompts = [
+                Prompt(e.prompt, "", e.prompt_ids.tolist(), e.columns) for e in scored for _ in range(dyna.per_scored)
+            ]
+            judged, _ = self.imagined(dyna, prompts, self.scored_completions)
         self.replay.add(judged)
         if not began:
-            many = f"{dyna.per_scored} completions are imagined for each scored one"
-            many = "all completions are imagined, and predictions say when to stop" if alone else many
-            self.logbook.say(
-                f"rewards can be predicted ({dyna.model.skill:.0%} of their variance): {many} (replay.imagined)"
-            )
-        return 0 if alone else dyna.per_scored
+            self.say_predictable(dyna, f"{dyna.per_scored} completions are imagined for each scored one")
+        return dyna.per_scored
 
-    def looked_at(self, promise: float) -> None:
-        """Keeps the policy if predicted rewards promise more of it than of any before."""
+    def imagine_alone(self) -> None:
+        """Where nothing is scored: adds a collection whose rewards are predicted, and looks at what they promise."""
+        dyna = self.parts.dyna
+        if dyna is None or self.apart:
+            return
+        began = dyna.predicts
+        with whole(self.network):
+            self.learn_to_predict(dyna)
+            if not dyna.predicts:
+                return
+            judged, unsure = self.imagined(dyna, self.parts.stream.next_batch(self.draw), self.step)
+        facts = sum(e.reward for e in judged), unsure.sum(), (unsure**2).sum(), len(judged)
+        total, deviations, squares, count = map(float, self.parts.totals(*facts))
+        if not began and dyna.model.skill_at(squares / count) < self.least_skill:
+            dyna.predicts = False  # what the policy writes has little in common with the log
+            return
+        promise = dyna.promise(total / count, deviations / count)
         if self.parts.early_stopping is not None:
             self.logbook.add(PREDICTED, promise)
             self.parts.early_stopping.seen(self.step, PREDICTED, promise)
+        self.replay.add(judged)
+        if not began:
+            self.say_predictable(dyna, "all completions are imagined, and predictions say when to stop")
 
-    def next_prompts(self) -> list[Prompt]:
-        """The share of a collection that falls to one process."""
-        return self.parts.stream.next_batch(-(-self.args.prompts_per_collect // self.processes.world))
+    @property
+    def least_skill(self) -> float:
+        """What predictions must explain."""
+        return LEAST_OF_GRADES if self.replay.graded else LEAST
+
+    def learn_to_predict(self, dyna: Dyna) -> None:
+        """From all true rewards that came since the last time, on all processes."""
+        known = self.processes.agree(lambda: dyna.unknown(self.replay))
+        dyna.learn(self.processes.gather(known), self.least_skill)
+        self.logbook.add("replay/predicted_r2", dyna.model.skill)
+
+    def imagined(self, dyna: Dyna, prompts: Sequence[Prompt], key: int) -> tuple[list[Episode], np.ndarray]:
+        """What the policy writes to the prompts, with predicted rewards, and how uncertain these are. key: of the seed,
+        never the same.
+        """
+        seed = self.seed_for(IMAGINE, key)
+        write = partial(rollout, prompts=prompts, policy=sampled(), seed=seed, policy_version=self.step)
+        return self.processes.agree(lambda: dyna.judged(self.written(write, len(prompts))))
+
+    def say_predictable(self, dyna: Dyna, how: str) -> None:
+        """Once, when it begins."""
+        self.logbook.say(
+            f"rewards can be predicted ({dyna.model.skill:.0%} of their variance): {how} (replay.imagined)"
+        )
 
     def learned_enough(self) -> bool:
         """In a run that learns from a log alone: whether predicted rewards, or else held-out completions, say so."""
@@ -173,7 +205,7 @@ class Intake(Checkpointed):
         last = self.step == self.args.max_steps
         if dyna is not None and dyna.predicts:
             if last and self.step > self.collected_at:
-                self.imagine((), alone=True)  # collections look, and after the last one there were steps
+                self.imagine_alone()  # collections look, and after the last one there were steps
                 self.collected_at = self.step
         elif held_out is not None and stopping.due(self.step, last):
             with whole(self.network):
@@ -232,7 +264,7 @@ class Intake(Checkpointed):
         while len(self.overlap.orders) < taking + min(args.overlap, to_come):
             ahead = self.overlap.ordered + written
             left, position = self.budget_left - ahead, stream.state_dict()
-            draw = -(-args.prompts_per_collect // self.processes.world)
+            draw = self.draw
             completions = min(draw * args.num_generations, left)
             if completions <= 0:
                 break
@@ -240,8 +272,3 @@ class Intake(Checkpointed):
             scored = self.scored_completions + ahead * self.processes.world
             order = Order(self.overlap.next, self.step, self.epsilon, position, draw, completions, scored)
             self.overlap.place(order, gathered(self.network.checkpoint_state()))
-
-
-def _again(scored: Sequence[Episode], times: int) -> list[Prompt]:
-    """The prompts of scored episodes, each so many times."""
-    return [Prompt(e.prompt, "", e.prompt_ids.tolist(), e.columns) for e in scored for _ in range(times)]

@@ -201,7 +201,11 @@ class DQNTrainer(Intake):
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
             self.see_first_rewards()
-        imagined = self.imagine(fresh, alone=self.scored_completions == before)  # for each scored one
+        imagined = 0  # for each scored one
+        if self.scored_completions > before:
+            imagined = self.imagine(fresh)
+        else:
+            self.imagine_alone()
         steps = self.args.updates_per_collect * (1 + imagined)
         self.collected_at, self.collect_at, self.look_at = self.step, self.step + steps, self.step + LOOK_STEPS
 
@@ -217,8 +221,8 @@ class DQNTrainer(Intake):
 
     def rollout(self) -> list[Episode]:
         """Fresh completions by the epsilon-greedy behaviour policy."""
-        args, share = self.args, self.parts.accelerator.num_processes
-        prompts = self.parts.stream.next_batch(-(-args.prompts_per_collect // share))[: self.budget_left]
+        args = self.args
+        prompts = self.parts.stream.next_batch(self.draw)[: self.budget_left]
         policy = BehaviourPolicy(self.temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
         seed = self.seed_for(COLLECT, self.scored_completions)
         write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)

@@ -105,9 +105,8 @@ def test_learning_stops_and_the_policy_that_generalised_best_is_left(tiny_llama_
     run = trained(tiny_llama_path, log, tmp_path / "run", steps=400)
     watch = run.parts.early_stopping
     assert watch.best_step > 0 and run.step == 2 * watch.best_step + 8 < 400
-    assert run.parts.held_out.nll(4) == pytest.approx(
-        watch.best_value, rel=1e-5
-    )  # the weights in memory, and so in adapter/
+    # the weights in memory, and so in adapter/
+    assert run.parts.held_out.nll(4) == pytest.approx(watch.best_value, rel=1e-5)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [line["eval/held_out_nll"] for line in lines if "eval/held_out_nll" in line]
     assert min(seen) == pytest.approx(watch.best_value) and seen[-1] > watch.best_value < seen[0]

@@ -58,8 +58,8 @@ def train(
     stale: int = 0,
 ) -> dict[str, Any]:
     """One run of `budget` scored completions; of none, as many updates as the last mark says by `predicted_rewards` of
-    the logged ones. settings: learning_rate, completions an update, iterations over each, and
-    any other field of TRL's configuration.
+    the logged ones. settings: learning_rate, completions an update, iterations over each, and any other field of TRL's
+    configuration.
 
     logged: the model is first fine-tuned on its successes for `logged_updates`, since these methods cannot use them.
     stale: so many completions are written at once and then learned from in turn, importance ratios against the policy

@@ -49,8 +49,8 @@ def table(plan: Plan, results: Results, command: str) -> str:
     """Markdown: how it was measured, a row a task and method, and what the rows come to."""
     regime = REGIMES[plan.regime]
     unit = "scored completions" if regime.online else f"updates on {regime.logged:,} logged base completions"
-    marks = [mark for mark in (256, 1024) if mark < plan.budget] if REGIMES[plan.regime].online else [100]
-    steps = "completions" if REGIMES[plan.regime].online else "updates"
+    marks = [mark for mark in (256, 1024) if mark < plan.budget] if regime.online else [100]
+    steps = "completions" if regime.online else "updates"
     heads = ["task", "method", *(f"score at {mark:,}" for mark in marks), "at the last mark", "worst seed"]
     heads += ["reward, sampled", "greedy", "KL a token", "distinct-2", f"{steps} to 50 %", "to 90 %", "CPU s"]
     lines = [
