@@ -10,17 +10,17 @@ from torch import Tensor
 
 from llm_dqn import sharding
 from llm_dqn.data import LoggedRow
-from llm_dqn.losses import advantage_weighted_nll
 from llm_dqn.network import QNetwork
 from llm_dqn.replay import PrefixReplay
 
 LOOK_STEPS = 25  # learner steps between two looks
 PATIENCE = 200  # learner steps to go on after the best look, and as many again as it took to get there
-FEWEST = 8  # episodes that scored above the mean, below which nothing is held out
+FEWEST = 8  # episodes that scored above the mean, held out at least
+SPARED = 4  # times as many such episodes must there be that prompts are added to find those
 MOST = 128  # such episodes that are looked at, by all processes together
-HELD_OUT, PREDICTED = "eval/held_out_nll", "eval/predicted_reward"  # metrics that say when to stop
+HELD_OUT, PREDICTED = "eval/held_out_probability", "eval/predicted_reward"  # metrics that say when to stop
 SAID = {
-    HELD_OUT: "held-out successes were likeliest after step {step} ({value:.3f} nats a token)",
+    HELD_OUT: "held-out successes were likeliest after step {step} (a token {value:.3f} on average)",
     PREDICTED: "predicted rewards were surely highest after step {step} (at least {value:.3f})",
 }
 
@@ -33,16 +33,19 @@ def mean_reward(logged: Sequence[LoggedRow]) -> float:
 def kept_apart(logged: Sequence[LoggedRow], share: float, seed: int) -> tuple[Sequence[LoggedRow], Sequence[LoggedRow]]:
     """(rows to learn from, rows above the mean reward that say when to stop), which have no prompt in common.
 
-    share: of the prompts that are kept apart, fewer where `MOST` good rows are found sooner. All rows are learned from
-    where less than `FEWEST` are found.
+    share: of the prompts that are kept apart; fewer where `MOST` good rows are found sooner, more where it takes more to
+    find `FEWEST` and these are no more than a quarter of the good ones. Else all rows are learned from.
     """
     mean = mean_reward(logged) if logged else 0.0
     good = Counter(row.prompt.text for row in logged if row.reward > mean)
     texts = sorted({row.prompt.text for row in logged})
     order = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
     found = np.cumsum([good[text] for text in order])
-    count = min(int(len(texts) * share), int(np.searchsorted(found, MOST)) + 1)
-    if count == 0 or found[count - 1] < FEWEST:
+    fewest, most = (int(np.searchsorted(found, wanted)) + 1 for wanted in (FEWEST, MOST))
+    count = min(int(len(texts) * share), most)
+    if share and sum(good.values()) >= FEWEST * SPARED:
+        count = max(count, fewest)
+    if count in (0, len(texts)) or found[count - 1] < FEWEST:
         return logged, ()
     apart = set(order[:count])
     kept = [row for row in logged if row.prompt.text in apart and row.reward > mean]
@@ -62,14 +65,17 @@ class HeldOut:
         self.episodes = PrefixReplay(MOST)
 
     @torch.no_grad()
-    def nll(self, batch_size: int) -> float:
-        """Mean of -log pi(a|s) over their tokens, each weighted by how much its episode scored above the mean."""
+    def probability(self, batch_size: int) -> float:
+        """Mean of pi(a|s) over their tokens, each weighted by how much its episode scored above the mean.
+
+        Not of its logarithm: a few tokens of which the policy was too sure would outweigh all that it has learned.
+        """
         sums = torch.zeros(2)
         for start in range(0, len(self.episodes), batch_size):
             batch = self.episodes.batch(np.arange(start, min(start + batch_size, len(self.episodes))))
             logprobs = self.network.logprobs(batch.tokens.to(self.network.device), "online").cpu()
             above = (batch.rewards.sum(1, keepdim=True) - self.mean_reward) * batch.action_mask
-            sums += torch.stack([advantage_weighted_nll(logprobs, above, batch.action_mask, 1.0), above.sum()])
+            sums += torch.stack([torch.where(batch.action_mask, above * logprobs.exp(), 0.0).sum(), above.sum()])
         total, weight = self.add_up(sums.to(self.network.device))
         return float(total / weight)
 
@@ -93,8 +99,7 @@ class EarlyStopping:
 
     def seen(self, step: int, figure: str, value: float) -> None:
         """Keeps the weights of the policy after `step` if it is the best so far; by another figure all begins anew."""
-        sign = -1 if figure == HELD_OUT else 1
-        if figure != self.figure or sign * value > sign * self.best_value:
+        if figure != self.figure or value > self.best_value:
             self.figure, self.best_step, self.best_value = figure, step, value
             whole = sharding.gathered(self.network.checkpoint_state())
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}

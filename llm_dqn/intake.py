@@ -209,9 +209,9 @@ class Intake(Checkpointed):
                 self.collected_at = self.step
         elif held_out is not None and stopping.due(self.step, last):
             with whole(self.network):
-                nll = held_out.nll(self.args.per_device_train_batch_size)
-            stopping.seen(self.step, HELD_OUT, nll)
-            self.logbook.add(HELD_OUT, nll)
+                probability = held_out.probability(self.args.per_device_train_batch_size)
+            stopping.seen(self.step, HELD_OUT, probability)
+            self.logbook.add(HELD_OUT, probability)
         return stopping.over(self.step)
 
     # --- from collectors elsewhere ----------------------------------------------------------------------------------

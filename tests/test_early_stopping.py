@@ -37,6 +37,7 @@ def test_what_is_kept_apart_shares_no_prompt_with_what_is_learned_from():
     [
         ([1.0] * 500, 100, 0.1),  # nothing is better than the mean
         ([0.0] * 493 + [1.0] * (FEWEST - 1), 500, 0.9),
+        ([0.0] * 470 + [1.0] * 30, 500, 0.1),  # to keep eight of thirty apart would cost too many
         ([0.0, 1.0] * 250, 1, 0.5),  # one prompt cannot be on both sides
         ([0.0, 1.0] * 250, 100, 0.0),
         ([], 1, 0.5),
@@ -51,6 +52,13 @@ def test_no_more_is_kept_apart_than_is_looked_at():
     log = rows([float(number % 2) for number in range(9000)], prompts=4500)
     learned, kept = kept_apart(log, 0.5, seed=0)
     assert MOST <= len(kept) <= MOST + 1 and len(learned) > 8000
+
+
+def test_where_successes_are_rare_more_prompts_are_kept_apart_to_find_a_few():
+    log = rows([float(number % 25 == 0) for number in range(1000)], prompts=1000)
+    learned, kept = kept_apart(log, 0.1, seed=0)
+    assert len(kept) == FEWEST and sum(row.reward for row in learned) == 40 - FEWEST
+    assert len(learned) < 900
 
 
 LOG, STEPS = 96, 40
@@ -106,10 +114,10 @@ def test_learning_stops_and_the_policy_that_generalised_best_is_left(tiny_llama_
     watch = run.parts.early_stopping
     assert watch.best_step > 0 and run.step == 2 * watch.best_step + 8 < 400
     # the weights in memory, and so in adapter/
-    assert run.parts.held_out.nll(4) == pytest.approx(watch.best_value, rel=1e-5)
+    assert run.parts.held_out.probability(4) == pytest.approx(watch.best_value, rel=1e-5)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    seen = [line["eval/held_out_nll"] for line in lines if "eval/held_out_nll" in line]
-    assert min(seen) == pytest.approx(watch.best_value) and seen[-1] > watch.best_value < seen[0]
+    seen = [line[HELD_OUT] for line in lines if HELD_OUT in line]
+    assert max(seen) == pytest.approx(watch.best_value) and seen[-1] < watch.best_value > seen[0]
     assert f"likeliest after step {watch.best_step}" in capsys.readouterr().out
 
 
@@ -131,12 +139,12 @@ def test_without_held_out_prompts_a_run_learns_to_its_end(tiny_llama_path, log, 
 
 def test_one_figure_begins_where_another_was_looked_at_before(tiny_llama_path, log, tmp_path):
     """Held-out completions are looked at before the first step; whether rewards can be predicted is known a little
-    later. The lower a loss, the better; the higher a reward."""
+    later."""
     watch = trained(tiny_llama_path, log, tmp_path / "run", 2, held_out_share=0.0).parts.early_stopping
     assert not watch.over(10**6)
-    looks = [(0, HELD_OUT, 3.0), (4, HELD_OUT, 2.0), (6, HELD_OUT, 2.5)]
+    looks = [(0, HELD_OUT, 0.3), (4, HELD_OUT, 0.5), (6, HELD_OUT, 0.4)]
     looks += [(8, PREDICTED, -1.0), (12, PREDICTED, 0.5), (16, PREDICTED, 0.2)]
-    best = [(0, 3.0), (4, 2.0), (4, 2.0), (8, -1.0), (12, 0.5), (12, 0.5)]
+    best = [(0, 0.3), (4, 0.5), (4, 0.5), (8, -1.0), (12, 0.5), (12, 0.5)]
     for look, expected in zip(looks, best, strict=True):
         watch.seen(*look)
         assert (watch.best_step, watch.best_value) == expected
