@@ -24,7 +24,7 @@ from benchmarks.learning.measure import about_base
 from benchmarks.learning.methods import REGIMES
 from benchmarks.learning.protocol import Plan
 from benchmarks.learning.store import Store, workers
-from benchmarks.learning.tasks import TASKS
+from benchmarks.learning.tasks import SEEN, TASKS, UNSEEN
 from benchmarks.learning.verdicts import share_of_online
 from benchmarks.tables import write_table
 
@@ -36,8 +36,8 @@ SHIPPED = {
 FEW = ("sums", "rare_sums", "paths")  # where regimes beside the first two are measured
 GRADED = ("paths", "reviews", "letters")  # whose rewards can be predicted
 FULL = {
-    "online": Plan("online", tuple(TASKS), SHIPPED["online"], 5, 12, tuning=512, budget=2048, reference=2048),
-    "logged": Plan("logged", tuple(TASKS), SHIPPED["logged"], 5, 6, tuning=400, budget=1600, reference=1600),
+    "online": Plan("online", SEEN, SHIPPED["online"], 5, 12, tuning=512, budget=2048, reference=2048),
+    "logged": Plan("logged", SEEN, SHIPPED["logged"], 5, 6, tuning=400, budget=1600, reference=1600),
     "logged_500": Plan("logged_500", GRADED, SHIPPED["logged_500"], 5, 6, tuning=400, budget=1600, reference=1600),
     "logged_online": Plan("logged_online", FEW, SHIPPED["logged_online"], 3, 6, 512, budget=2048, reference=2048),
     "stale_8": Plan("stale_8", FEW, SHIPPED["stale_8"], 3, 6, tuning=1024, budget=2048, reference=2048),
@@ -58,6 +58,7 @@ def main() -> None:
     for name in ("seeds", "configurations", "tuning", "budget", "reference"):
         parser.add_argument(f"--{name}", type=int, help="instead of the full plan's")
     parser.add_argument("--workers", type=int, default=1, help="cells that run at a time, one thread each")
+    parser.add_argument("--unseen", action="store_true", help="tasks on which nothing was chosen")
     parser.add_argument("--fresh", action="store_true", help="forget what the quick version has measured")
     options = parser.parse_args()
     if options.command == "bases":
@@ -66,6 +67,8 @@ def main() -> None:
         return
     quick = options.command == "quick"
     plan = QUICK if quick else FULL[options.regime]
+    if options.unseen:
+        plan = replace(plan, tasks=UNSEEN)
     for name in ("tasks", "methods", "seeds", "configurations", "tuning", "budget", "reference"):
         if (given := getattr(options, name)) is not None:
             plan = replace(plan, **{name: tuple(given) if isinstance(given, list) else given})
@@ -102,9 +105,10 @@ def _measure(options: argparse.Namespace, plan: Plan, store: Store, shown: str, 
     quick = options.command == "quick"
     results = protocol.finished(plan, store) if options.command == "table" else protocol.run(plan, store, pool)
     text = summary.table(plan, results, shown.replace(" table", " run"))
-    if plan.regime == "logged":
+    if plan.regime == "logged" and not options.unseen:
         text = "\n".join([text, *share_of_online(results, protocol.finished(FULL["online"], store))])
-    write_table("learning-quick" if quick else f"learning-{plan.regime}", text)
+    name = "quick" if quick else f"unseen-{plan.regime}" if options.unseen else plan.regime
+    write_table(f"learning-{name}", text)
     files = summary.draw(plan, results, cache_folder("charts") if quick else RESULTS)
     print(text, *files, sep="\n")
 

@@ -42,14 +42,15 @@ class Tuner:
         self.descend(-logprobs(self.model, ids, mask, labels).sum() / (labels[:, 1:] != -100).sum())
 
     @torch.no_grad()
-    def nll(self, kept: Sequence[Kept], batch: int) -> float:
-        """Mean of -log pi over the tokens of completions."""
+    def probability(self, kept: Sequence[Kept], batch: int) -> float:
+        """Mean of pi over the tokens of completions, which llm_dqn stops by as well."""
         self.model.eval()
         total = count = 0.0
         for start in range(0, len(kept), batch):
             ids, mask, labels = lay_out(self.tokenizer, *zip(*kept[start : start + batch], strict=True))
-            total -= float(logprobs(self.model, ids, mask, labels).sum())
-            count += int((labels[:, 1:] != -100).sum())
+            tokens = labels[:, 1:] != -100
+            total += float(logprobs(self.model, ids, mask, labels)[tokens].exp().sum())
+            count += int(tokens.sum())
         return total / count
 
     def descend(self, loss: Tensor) -> None:
@@ -135,10 +136,10 @@ def train_logged(
     """
     tuner = Tuner(task, course, settings["learning_rate"], seed)
     kept, held = _apart(successes(tuner, logged, settings["above"]), settings.get("held_out", 0.0), tuner.rng)
-    best, least = tuner.model, float("inf")
+    best, most = tuner.model, 0.0
     for step in range(course.marks[-1] + 1):
-        if held and step % LOOK_STEPS == 0 and (nll := tuner.nll(held, settings["batch"])) < least:
-            best, least = copy.deepcopy(tuner.model), nll
+        if held and step % LOOK_STEPS == 0 and (seen := tuner.probability(held, settings["batch"])) > most:
+            best, most = copy.deepcopy(tuner.model), seen
         course.look(step, tuner.updates, best.eval)
         if course.marks:
             tuner.step(kept, settings["batch"])

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import graphs, letters, sums
+from benchmarks.learning import graphs, letters, sums, unseen
 from benchmarks.learning.bases import Built
 from llm_dqn.reward_model import RewardModel
 
@@ -116,6 +116,16 @@ def _letters() -> tuple[list[Row], ...]:
 
 
 @cache
+def _sorting() -> tuple[list[Row], ...]:
+    return parted(unseen.sorting_rows(21), 4096, 256, 256)
+
+
+@cache
+def _coins() -> tuple[list[Row], ...]:
+    return parted(unseen.amounts(22), 87, 30, 30)
+
+
+@cache
 def _reward_model(folder: Path) -> Judge:
     return RewardModel(str(folder))
 
@@ -193,8 +203,40 @@ TASKS = {
             _letters,
             costs=4,
         ),
+        Task(
+            "sorting",
+            "5 to 8 digits to be sorted; the base swaps neighbours; reward: the share of places that are right",
+            "full",
+            9,
+            unseen.SORTING_BASE,
+            lambda: unseen.places_right,
+            _sorting,
+            lambda row: [row["answer"]],
+        ),
+        Task(
+            "coins",
+            "an amount to be paid with exactly 5 coins; a GPT-2; 87 prompts to learn from",
+            "lora",
+            11,
+            unseen.PAYING_BASE,
+            lambda: unseen.paid,
+            _coins,
+            unseen.ways,
+        ),
+        Task(
+            "words",
+            "continue a review in exactly 12 words; reward: minus those too many or too few",
+            "lora",
+            40,
+            Shipped(DATA / "tiny_lm"),
+            lambda: unseen.near_length,
+            _reviews,
+            costs=4,
+        ),
     )
 }
+UNSEEN = ("sorting", "coins", "words")  # nothing was chosen on these
+SEEN = tuple(name for name in TASKS if name not in UNSEEN)
 
 
 class Counted:

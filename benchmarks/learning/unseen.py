@@ -1,0 +1,134 @@
+"""Tasks on which nothing was chosen: written when the defaults stood, to see whether they hold elsewhere.
+
+Sorting pays parts of a reward, coins all or nothing on a GPT-2 with few prompts, and words is the reward function
+of many a first example: below zero, and of another size.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.learning.bases import BaseRecipe, Built, base_model, word_tokenizer
+from data import lm
+
+# --- sorting: the base has the habit of swapping neighbours -----------------------------------------------------------
+
+SORTING = BaseRecipe("sorting", {"shortest": 5, "longest": 8, "swap": 0.6}, (*map(str, range(10)), ":"), steps=1200)
+
+
+def _digits(rng: random.Random) -> list[int]:
+    facts = SORTING.parameters
+    return [rng.randint(0, 9) for _ in range(rng.randint(int(facts["shortest"]), int(facts["longest"])))]
+
+
+def _nearly_sorted(rng: random.Random) -> str:
+    digits = _digits(rng)
+    written = sorted(digits)
+    for place in range(len(written) - 1):
+        if rng.random() < SORTING.parameters["swap"]:
+            written[place], written[place + 1] = written[place + 1], written[place]
+    return f"{' '.join(map(str, digits))} : {' '.join(map(str, written))}"
+
+
+SORTING_BASE = base_model(SORTING, _nearly_sorted)
+
+
+def sorting_rows(seed: int) -> Iterator[dict[str, str]]:
+    """Endless rows: digits as prompt, the sorted ones as `answer`."""
+    rng = random.Random(seed)
+    while True:
+        digits = _digits(rng)
+        yield {"prompt": f"{' '.join(map(str, digits))} :", "answer": " ".join(map(str, sorted(digits)))}
+
+
+def places_right(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    """The share of places where the right digit stands; what is too long or too short loses places."""
+    shares = []
+    for text, right in zip(completions, answer, strict=True):
+        written, wanted = text.split(), right.split()
+        same = sum(one == other for one, other in zip(written, wanted, strict=False))
+        shares.append(same / max(len(written), len(wanted)))
+    return shares
+
+
+# --- coins: an amount to be paid with five coins; the base pays with any number, and miscounts ------------------------
+
+COINS = (1, 2, 5, 10, 20, 50)
+MANY = 5  # neither more nor fewer
+_NAMES = tuple(f"c{coin}" for coin in COINS)
+PAYING = BaseRecipe("coins", {"longest": 10}, (*map(str, range(1, 501)), ":", *_NAMES), steps=1500, width=64)
+
+
+def _payment(rng: random.Random) -> str:
+    coins = [rng.choice(COINS) for _ in range(rng.randint(2, int(PAYING.parameters["longest"])))]
+    return f"{sum(coins)} : {' '.join(f'c{coin}' for coin in coins)}"
+
+
+def _build_payer(folder: Path) -> None:
+    torch.manual_seed(PAYING.seed)
+    tokenizer = word_tokenizer(PAYING.vocabulary, PAYING.context)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=PAYING.context,
+            n_embd=PAYING.width,
+            n_layer=PAYING.layers,
+            n_head=PAYING.heads,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    source = lm.batches(tokenizer, _payment, PAYING.batch, PAYING.seed)
+    lm.train_lm(model, source, PAYING.steps, PAYING.peak, "coins")
+    lm.save(model, tokenizer, folder)
+
+
+PAYING_BASE = Built("base-coins", {**asdict(PAYING), "model": "gpt2"}, _build_payer)
+
+
+@cache
+def payments() -> dict[int, list[tuple[int, ...]]]:
+    """By amount, every way to lay down five coins one after the other."""
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for coins in product(COINS, repeat=MANY):
+        found.setdefault(sum(coins), []).append(coins)
+    return found
+
+
+def amounts(seed: int) -> Iterator[dict[str, str]]:
+    """Every amount that five coins come to, once, in random order."""
+    for amount in random.Random(seed).sample(sorted(payments()), len(payments())):
+        yield {"prompt": f"{amount} :", "amount": str(amount)}
+
+
+def ways(row: dict[str, Any]) -> list[str]:
+    """Every completion that pays the amount."""
+    return [" ".join(f"c{coin}" for coin in coins) for coins in payments()[int(row["amount"])]]
+
+
+def paid(completions: list[str], amount: list[str], **columns: Any) -> list[float]:
+    """1 where the coins come to the amount and are five; else 0."""
+    found = []
+    for text, due in zip(completions, amount, strict=True):
+        words = text.split()
+        coins = [int(word[1:]) for word in words if word in _NAMES]
+        found.append(float(len(coins) == len(words) == MANY and sum(coins) == int(due)))
+    return found
+
+
+# --- words: a completion of twelve of them ----------------------------------------------------------------------------
+
+WANTED = 12
+
+
+def near_length(completions: list[str], **columns: Any) -> list[float]:
+    """Minus the number of words that a completion has too many or too few."""
+    return [-float(abs(len(text.split()) - WANTED)) for text in completions]
