@@ -33,8 +33,8 @@ def mean_reward(logged: Sequence[LoggedRow]) -> float:
 def kept_apart(logged: Sequence[LoggedRow], share: float, seed: int) -> tuple[Sequence[LoggedRow], Sequence[LoggedRow]]:
     """(rows to learn from, rows above the mean reward that say when to stop), which have no prompt in common.
 
-    share: of the prompts that are kept apart; fewer where `MOST` good rows are found sooner, more where it takes more to
-    find `FEWEST` and these are no more than a quarter of the good ones. Else all rows are learned from.
+    share: of the prompts that are kept apart; fewer where `MOST` good rows are found sooner, more where it takes more
+    to find `FEWEST` and these are no more than a quarter of the good ones. Else all rows are learned from.
     """
     mean = mean_reward(logged) if logged else 0.0
     good = Counter(row.prompt.text for row in logged if row.reward > mean)

@@ -53,13 +53,26 @@ class Intake(Checkpointed):
     def temperature(self) -> float:
         """Of the acting policy. Where an answer is right or wrong, what the policy finds likeliest is worth a call.
 
-        Part of a reward for part of an answer is another matter: acting sharply, nobody would find the rest.
+        Part of a reward for part of an answer is another matter: acting sharply, nobody would find the rest. Where all
+        rewards are the same, nothing was learned yet.
         """
         if self.args.temperature is not None:
             return self.args.temperature
-        if self.step == 0 or self.replay.different_rewards > 2:
-            return 1.0
-        return SHARP
+        return SHARP if self.step > 0 and self.replay.different_rewards == 2 else 1.0
+
+    def temperatures(self, prompts: Sequence[Prompt]) -> list[float]:
+        """Of the acting policy at each of these prompts."""
+        if self.args.temperature is None and self.temperature == SHARP:
+            return self.attempts.temperatures(prompts, SHARP)
+        return [self.temperature] * len(prompts)
+
+    def learn_from_attempts(self, episodes: Sequence[Episode], temperature: float) -> None:
+        """Notes at which prompts acting at this temperature failed, if it is the sharp one, on all processes."""
+        if self.args.temperature is not None or self.apart:
+            return
+        sharp = episodes if temperature == SHARP else ()
+        for some in self.processes.gather(self.attempts.at(sharp, self.replay.rewards.mean())):
+            self.attempts.learn(some)
 
     @property
     def negative_weight(self) -> float:

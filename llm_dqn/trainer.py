@@ -13,6 +13,7 @@ import torch
 
 from llm_dqn import recipe_changes
 from llm_dqn.assembly import Inputs, assemble, recipe_text, stream_seed, with_learning_rate
+from llm_dqn.attempts import Attempts
 from llm_dqn.errors import RunError, StepFailed
 from llm_dqn.examiner import Examiner
 from llm_dqn.hub import push
@@ -108,6 +109,7 @@ class DQNTrainer(Intake):
             parts.accelerator.process_index, parts.accelerator.num_processes, parts.network.device
         )
         self.nonfinite = NonFiniteSteps(args.max_nonfinite_steps, say, self.logbook.last_checkpoint)
+        self.attempts = Attempts()
         self.stop = StopRequest()
         self.learner = Learner(
             parts,
@@ -188,8 +190,10 @@ class DQNTrainer(Intake):
             if self.budget_left == 0:
                 break
             started = time.perf_counter()
+            temperature = self.temperature
             written, episodes = self.source()
             self.replay.add(episodes)
+            self.learn_from_attempts(episodes, temperature)
             fresh += episodes
             self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step, not self.apart)
             written, lacking = self.parts.totals(written, len(self.replay) < self.args.learning_starts)
@@ -223,10 +227,15 @@ class DQNTrainer(Intake):
         """Fresh completions by the epsilon-greedy behaviour policy."""
         args = self.args
         prompts = self.parts.stream.next_batch(self.draw)[: self.budget_left]
-        policy = BehaviourPolicy(self.temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
-        seed = self.seed_for(COLLECT, self.scored_completions)
-        write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
-        return self.written(write, len(prompts))
+        temperatures, seed = self.temperatures(prompts), self.seed_for(COLLECT, self.scored_completions)
+        found: dict[int, Episode] = {}
+        for temperature in sorted(set(temperatures)):
+            policy = BehaviourPolicy(temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
+            rows = [row for row, its_own in enumerate(temperatures) if its_own == temperature]
+            some = [prompts[row] for row in rows]
+            write = partial(rollout, prompts=some, policy=policy, seed=seed, policy_version=self.step)
+            found |= zip(rows, self.written(write, len(rows)), strict=True)
+        return [found[row] for row in range(len(prompts))]
 
     def score(self, episodes: list[Episode]) -> list[Episode]:
         """What the rewards say; completions on which all of them abstained are left out."""

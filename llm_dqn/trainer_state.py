@@ -6,6 +6,7 @@ from torch import Tensor
 
 from llm_dqn import checkpoint, recipe_changes, sharding
 from llm_dqn.assembly import Parts
+from llm_dqn.attempts import Attempts
 from llm_dqn.errors import UserError
 from llm_dqn.logbook import Logbook
 from llm_dqn.network import QNetwork
@@ -23,6 +24,7 @@ class Checkpointed:
     parts: Parts
     network: QNetwork
     replay: PrefixReplay
+    attempts: Attempts
     logbook: Logbook
     processes: Processes
     nonfinite: NonFiniteSteps
@@ -53,6 +55,7 @@ class Checkpointed:
             "look_at": self.look_at,
             "nonfinite_steps": self.nonfinite.total,
             "graded": self.replay.graded,
+            "failed": sorted(self.attempts.failed),
             "recipe": self.settings,
             "scored_completions": self.scored_completions,
             "samples_drawn": self.samples_drawn,
@@ -96,6 +99,7 @@ class Checkpointed:
         self.collect_at, self.look_at = state["collect_at"], state["look_at"]
         self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
         self.nonfinite.total, self.replay.graded = state["nonfinite_steps"], state["graded"]
+        self.attempts.failed = set(state.get("failed", ()))
         if self.shared is not None and state.get("shared"):
             self.shared.load_state(state["shared"])
         if self.overlap is not None and state.get("overlap"):

@@ -1,0 +1,39 @@
+"""Which prompts the policy last failed at when it acted sharply."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from llm_dqn.types import Episode, Prompt
+
+Attempt = tuple[str, bool]  # which prompt, and whether it failed
+
+
+def of_prompt(ids: Sequence[int]) -> str:
+    """What tells a prompt from others: a hash of its token ids."""
+    return hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=8).hexdigest()
+
+
+class Attempts:
+    """The newest outcome of acting sharply at each prompt.
+
+    Acting sharply again where that failed would mostly say the same again: with few prompts learning ends there.
+    """
+
+    def __init__(self) -> None:
+        self.failed: set[str] = set()
+
+    def temperatures(self, prompts: Sequence[Prompt], sharp: float) -> list[float]:
+        """For each prompt `sharp`, but 1 where that failed the last time."""
+        return [1.0 if of_prompt(prompt.ids) in self.failed else sharp for prompt in prompts]
+
+    @staticmethod
+    def at(episodes: Iterable[Episode], least: float) -> list[Attempt]:
+        """What episodes say whose reward is to be above `least`."""
+        return [(of_prompt(episode.prompt_ids.tolist()), episode.reward <= least) for episode in episodes]
+
+    def learn(self, attempts: Iterable[Attempt]) -> None:
+        """Remembers outcomes, of all processes: prompts are dealt to another one next time."""
+        for prompt, failed in attempts:
+            (self.failed.add if failed else self.failed.discard)(prompt)
