@@ -132,8 +132,8 @@ class RolloutSection(Section):
     )
     temperature: Annotated[Float, Field(ge=0)] | None = Field(
         default=None,
-        description="Divides the logits; 0 = greedy, null = 1, and 0.3 after the first collection while no more than "
-        "two different rewards have been seen.",
+        description="Divides the logits; 0 = greedy, null = 1, and 0.3 after the first collection while two different "
+        "rewards have been seen, but for prompts where that failed.",
     )
     top_k: Annotated[Int, Field(ge=0)] = Field(default=0, description="Sample among the k most likely tokens; 0 = all.")
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(
