@@ -30,8 +30,12 @@ class Attempts:
 
     @staticmethod
     def at(episodes: Iterable[Episode], least: float) -> list[Attempt]:
-        """What episodes say whose reward is to be above `least`."""
-        return [(of_prompt(episode.prompt_ids.tolist()), episode.reward <= least) for episode in episodes]
+        """What episodes say whose reward is to be above `least`; of several for a prompt, one is enough."""
+        failed: dict[str, bool] = {}
+        for episode in episodes:
+            prompt = of_prompt(episode.prompt_ids.tolist())
+            failed[prompt] = failed.get(prompt, True) and episode.reward <= least
+        return list(failed.items())
 
     def learn(self, attempts: Iterable[Attempt]) -> None:
         """Remembers outcomes, of all processes: prompts are dealt to another one next time."""

@@ -70,9 +70,9 @@ class Intake(Checkpointed):
         """Notes at which prompts acting at this temperature failed, if it is the sharp one, on all processes."""
         if self.args.temperature is not None or self.apart:
             return
-        sharp = episodes if temperature == SHARP else ()
-        for some in self.processes.gather(self.attempts.at(sharp, self.replay.rewards.mean())):
-            self.attempts.learn(some)
+        made = self.attempts.at(episodes, self.replay.rewards.mean()) if temperature == SHARP else []
+        for attempts in self.processes.gather(made):
+            self.attempts.learn(attempts)
 
     @property
     def negative_weight(self) -> float:

@@ -10,7 +10,7 @@ from datasets import Dataset
 from llm_dqn import DQNConfig, DQNTrainer, trainer
 from llm_dqn.attempts import Attempts, of_prompt
 from llm_dqn.intake import SHARP
-from llm_dqn.types import Prompt
+from llm_dqn.types import Episode, Prompt
 from tests.networks import lora
 
 ROWS = [{"prompt": f"{word} {number}"} for number in range(6) for word in ("the film", "two friends")]
@@ -48,6 +48,14 @@ def test_the_newest_sharp_attempt_at_a_prompt_counts():
     assert attempts.temperatures([first, second], 0.3) == [1.0, 0.3]
     attempts.learn([(of_prompt([1, 2]), False)])
     assert attempts.temperatures([first], 0.3) == [0.3]
+
+
+def test_one_success_among_several_completions_of_a_prompt_is_enough():
+    def episode(ids: list[int], reward: float) -> Episode:
+        return Episode("p", "c", torch.tensor(ids), torch.tensor([1]), *torch.zeros(2, 1), "eos", reward)
+
+    made = Attempts.at([episode([1], 0), episode([1], 1), episode([1], 0), episode([2], 0)], least=0.5)
+    assert made == [(of_prompt([1]), False), (of_prompt([2]), True)]
 
 
 @pytest.fixture
