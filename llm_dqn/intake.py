@@ -211,7 +211,10 @@ class Intake(Checkpointed):
         )
 
     def learned_enough(self) -> bool:
-        """In a run that learns from a log alone: whether predicted rewards, or else held-out completions, say so."""
+        """In a run that learns from a log alone: whether predicted rewards, or else held-out completions, say so.
+
+        What is right gets likelier by learning; what a judge likes need not, and then nothing is known of it.
+        """
         stopping, held_out, dyna = self.parts.early_stopping, self.parts.held_out, self.parts.dyna
         if stopping is None:
             return False
@@ -220,7 +223,7 @@ class Intake(Checkpointed):
             if last and self.step > self.collected_at:
                 self.imagine_alone()  # collections look, and after the last one there were steps
                 self.collected_at = self.step
-        elif held_out is not None and stopping.due(self.step, last):
+        elif held_out is not None and not self.replay.graded and stopping.due(self.step, last):
             with whole(self.network):
                 probability = held_out.probability(self.args.per_device_train_batch_size)
             stopping.seen(self.step, HELD_OUT, probability)

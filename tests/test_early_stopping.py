@@ -137,6 +137,15 @@ def test_without_held_out_prompts_a_run_learns_to_its_end(tiny_llama_path, log, 
     assert not run.parts.early_stopping.best
 
 
+def test_where_a_judge_grades_held_out_completions_stop_nothing(tiny_llama_path, log, tmp_path):
+    """What it likes need not get likelier by learning."""
+    facts = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({**fact, "reward": place / LOG}) + "\n" for place, fact in enumerate(facts)))
+    run = trained(tiny_llama_path, log, tmp_path / "run", STEPS)
+    assert run.replay.graded and run.parts.held_out is not None
+    assert run.step == STEPS and not run.parts.early_stopping.best
+
+
 def test_one_figure_begins_where_another_was_looked_at_before(tiny_llama_path, log, tmp_path):
     """Held-out completions are looked at before the first step; whether rewards can be predicted is known a little
     later."""
