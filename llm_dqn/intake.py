@@ -133,8 +133,8 @@ class Intake(Checkpointed):
         sums = self.replay.rewards.sum(), self.replay.different_rewards, len(self.replay)
         rewards, different, count = self.parts.totals(*sums)
         self.network.start_values_at(float(rewards / count))
-        self.replay.graded = bool(different >= max(FEWEST_GRADES, count / 2))
-        if self.replay.graded and self.args.negative_weight is None:
+        known, self.replay.graded = self.replay.graded, bool(different >= max(FEWEST_GRADES, count / 2))
+        if self.replay.graded and not known and self.args.negative_weight is None:
             self.logbook.say("rewards are grades: low ones are learned from as well (dqn.negative_weight)")
 
     # --- imagined ---------------------------------------------------------------------------------------------------
@@ -219,6 +219,8 @@ class Intake(Checkpointed):
         if stopping is None:
             return False
         last = self.step == self.args.max_steps
+        if self.step == 0:
+            self.see_first_rewards()  # of the log: whether they are grades must be known before the first look
         if dyna is not None and dyna.predicts:
             if last and self.step > self.collected_at:
                 self.imagine_alone()  # collections look, and after the last one there were steps
