@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,16 @@ class Content:
 
 
 def segments(folder: Path) -> list[Segment]:
-    """All whole segments in a folder, the oldest first; files under other names are not looked at."""
+    """All whole segments in a folder, the oldest first; files under other names are not looked at.
+
+    What is taken by another process while this one looks is not there.
+    """
     found = []
     for entry in os.scandir(folder) if folder.is_dir() else ():
         if (parts := _NAME.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
             segment = Segment(Path(entry.path), parts[1], int(parts[2]), int(parts[3]), parts[4])
-            found.append((entry.stat().st_mtime_ns, segment.worker, segment.number, segment))
+            with suppress(FileNotFoundError):
+                found.append((entry.stat().st_mtime_ns, segment.worker, segment.number, segment))
     return [segment for *_, segment in sorted(found, key=lambda row: row[:3])]
 
 

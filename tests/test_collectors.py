@@ -1,6 +1,7 @@
 """Rollout workers apart from the learner: real processes, killed on the way, and the files between them."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def never() -> bool:
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_segment_that_is_taken_while_others_look_is_not_there(tmp_path, monkeypatch):
+    gone, kept = write(tmp_path, 0), write(tmp_path, 1)
+    real = os.scandir
+
+    def slowly(folder):
+        entries = list(real(folder))
+        gone.unlink()
+        return entries
+
+    monkeypatch.setattr(exchange.os, "scandir", slowly)
+    assert [segment.path for segment in exchange.segments(tmp_path)] == [kept]
 
 
 def test_a_segment_comes_back_as_it_was(tmp_path):
