@@ -75,7 +75,7 @@ class HeldOut:
             batch = self.episodes.batch(np.arange(start, min(start + batch_size, len(self.episodes))))
             logprobs = self.network.logprobs(batch.tokens.to(self.network.device), "online").cpu()
             above = (batch.rewards.sum(1, keepdim=True) - self.mean_reward) * batch.action_mask
-            sums += torch.stack([torch.where(batch.action_mask, above * logprobs.exp(), 0.0).sum(), above.sum()])
+            sums += torch.stack([(above * logprobs.exp()).sum(), above.sum()])
         total, weight = self.add_up(sums.to(self.network.device))
         return float(total / weight)
 

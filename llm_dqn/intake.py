@@ -50,27 +50,32 @@ class Intake(Checkpointed):
         return self.parts.epsilon(self.step)
 
     @property
-    def temperature(self) -> float:
-        """Of the acting policy. Where an answer is right or wrong, what the policy finds likeliest is worth a call.
+    def sharp(self) -> bool:
+        """Whether the policy acts sharply. Where an answer is right or wrong, what it finds likeliest is worth a call.
 
         Part of a reward for part of an answer is another matter: acting sharply, nobody would find the rest. Where all
         rewards are the same, nothing was learned yet.
         """
+        return self.args.temperature is None and self.step > 0 and self.replay.different_rewards == 2
+
+    @property
+    def temperature(self) -> float:
+        """Of the acting policy, but for prompts where acting sharply failed."""
         if self.args.temperature is not None:
             return self.args.temperature
-        return SHARP if self.step > 0 and self.replay.different_rewards == 2 else 1.0
+        return SHARP if self.sharp else 1.0
 
     def temperatures(self, prompts: Sequence[Prompt]) -> list[float]:
         """Of the acting policy at each of these prompts."""
-        if self.args.temperature is None and self.temperature == SHARP:
+        if self.sharp:
             return self.attempts.temperatures(prompts, SHARP)
         return [self.temperature] * len(prompts)
 
-    def learn_from_attempts(self, episodes: Sequence[Episode], temperature: float) -> None:
-        """Notes at which prompts acting at this temperature failed, if it is the sharp one, on all processes."""
+    def learn_from_attempts(self, episodes: Sequence[Episode], sharp: bool) -> None:
+        """Notes at which prompts acting sharply failed, if this was that, on all processes."""
         if self.args.temperature is not None or self.apart:
             return
-        made = self.attempts.at(episodes, self.replay.rewards.mean()) if temperature == SHARP else []
+        made = self.attempts.at(episodes, self.replay.rewards.mean()) if sharp else []
         for attempts in self.processes.gather(made):
             self.attempts.learn(attempts)
 

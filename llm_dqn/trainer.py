@@ -190,10 +190,10 @@ class DQNTrainer(Intake):
             if self.budget_left == 0:
                 break
             started = time.perf_counter()
-            temperature = self.temperature
+            sharp = self.sharp
             written, episodes = self.source()
             self.replay.add(episodes)
-            self.learn_from_attempts(episodes, temperature)
+            self.learn_from_attempts(episodes, sharp)
             fresh += episodes
             self.logbook.collected(episodes, self.epsilon, time.perf_counter() - started, self.step, not self.apart)
             written, lacking = self.parts.totals(written, len(self.replay) < self.args.learning_starts)

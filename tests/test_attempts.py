@@ -1,6 +1,5 @@
 """Prompts at which acting sharply failed are written to at temperature 1 the next time; resumed runs know them."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,10 +75,13 @@ def test_where_acting_sharply_failed_it_is_given_up_until_that_prompt_succeeds(t
     run = run_of(tiny_llama_path, tmp_path / "run", steps=8)
     outcomes: list[dict[str, float]] = []
     score = run.score
-    run.score = lambda episodes: (
-        outcomes.append({e.prompt: e.reward for e in score(episodes)})
-        or [replace(e, reward=outcomes[-1][e.prompt]) for e in episodes]
-    )
+
+    def noted(episodes: list[Episode]) -> list[Episode]:
+        scored = score(episodes)
+        outcomes.append({episode.prompt: episode.reward for episode in scored})
+        return scored
+
+    run.score = noted
     run.train()
     steps = sorted({step for step, *_ in written})
     assert steps == [0, 2, 4, 6] and len(outcomes) == 4

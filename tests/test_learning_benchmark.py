@@ -40,7 +40,8 @@ def test_no_prompt_serves_two_purposes():
         train, tuning, test = TASKS[name].prompts()
         texts = [{row["prompt"] for row in part} for part in (train, tuning, test)]
         assert not (texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]), name
-        assert min(len(part) for part in (tuning, test)) >= 30, name
+        least = 30 if name == "coins" else 50  # five coins come to no more amounts
+        assert min(len(part) for part in (tuning, test)) >= least, name
 
 
 @pytest.mark.parametrize("name", ["sums", "rare_sums", "long_sums", "paths", "star", "sorting", "coins"])
