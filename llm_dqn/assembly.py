@@ -1,7 +1,7 @@
 """From settings to parts: loads and checks everything a run needs before any long work starts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,17 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from llm_dqn import data, losses, models, replay, schedules, targets
 from llm_dqn.adapters import LoraConfig, lora_facts
 from llm_dqn.dyna import Dyna
-from llm_dqn.early_stopping import EarlyStopping, HeldOut, kept_apart, mean_reward
+from llm_dqn.early_stopping import EarlyStopping, HeldOut
 from llm_dqn.errors import UserError
 from llm_dqn.launch import accelerator_for
+from llm_dqn.logged import fill_from_log, kept_apart, mean_reward
 from llm_dqn.network import Backup, QNetwork
 from llm_dqn.objective import LossRule, Objective
 from llm_dqn.recipe import FLAT_SECTIONS, DQNConfig, Recipe, dump_recipe, with_resolved_paths
 from llm_dqn.reduction import share_from_first
 from llm_dqn.replay import PrefixReplay, SamplingRule
 from llm_dqn.rewards import Rewards, load_reward
-from llm_dqn.rollout import Writer, describe
+from llm_dqn.rollout import Writer
 from llm_dqn.sharding import is_share, shard_over
+from llm_dqn.sharpening import Sharpening
 from llm_dqn.types import PrefixBatch, Prompt, QOutput
 from llm_dqn.vllm_launch import LocalServer, Served
 from llm_dqn.vllm_server import VLLMServer
@@ -68,6 +70,7 @@ class Parts:
     early_stopping: EarlyStopping | None  # of a run that learns from a log alone
     held_out: HeldOut | None
     dyna: Dyna | None
+    sharpening: Sharpening | None  # of such a run where answers are right or wrong, and held-out successes watch
     sampling: SamplingRule
     stream: data.PromptStream
     eval_prompts: list[Prompt]
@@ -198,10 +201,13 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     share = args.held_out_share if args.max_scored_completions == 0 else 0.0  # new completions need no watching
     logged, kept = kept_apart(inputs.logged, share, stream_seed(args.seed, HOLD_OUT))
     fill_from_log(memory, writer, logged[rank::world])
-    held_out = None
+    held_out = sharpening = None
     if kept:
         held_out = HeldOut(network, mean_reward(inputs.logged), partial(accelerator.reduce, reduction="sum"))
         fill_from_log(held_out.episodes, writer, kept[rank::world])
+        rewards = {row.reward for row in inputs.logged}
+        if args.sharpened and len(rewards) == 2:
+            sharpening = Sharpening(args.sharpened, max(rewards))
     return Parts(
         accelerator=accelerator,
         network=network,
@@ -214,6 +220,7 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         early_stopping=EarlyStopping(network) if args.max_scored_completions == 0 else None,
         held_out=held_out,
         dyna=Dyna(network, args.imagined) if args.imagined else None,
+        sharpening=sharpening,
         sampling=sampling_rule(args),
         stream=data.PromptStream(inputs.train_prompts, args.seed, args.num_generations, rank, world),
         eval_prompts=inputs.eval_prompts,
@@ -356,15 +363,6 @@ def sampling_rule(args: DQNConfig) -> SamplingRule:
     if args.success_share is None:
         return replay.by_rewards(args.success_odds, args.success_half_life)
     return replay.success_biased(args.success_share, args.success_odds, args.success_half_life)
-
-
-def fill_from_log(memory: PrefixReplay, writer: Writer, logged: Sequence[data.LoggedRow]) -> None:
-    """Logged completions with their rewards become episodes like any other."""
-    for start in range(0, len(logged), writer.batch_size):
-        rows = logged[start : start + writer.batch_size]
-        completions = [torch.tensor(row.completion_ids) for row in rows]
-        for row, episode in zip(rows, describe(writer, [row.prompt for row in rows], completions), strict=True):
-            memory.add([replace(episode, reward=row.reward, ended=row.ended, source="logged")])
 
 
 def stream_seed(seed: int, *names: int) -> int:

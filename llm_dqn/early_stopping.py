@@ -1,7 +1,6 @@
 """When learning from a log alone has gone far enough, and which policy on the way is kept."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,47 +8,18 @@ import torch
 from torch import Tensor
 
 from llm_dqn import sharding
-from llm_dqn.data import LoggedRow
+from llm_dqn.logged import MOST
 from llm_dqn.network import QNetwork
 from llm_dqn.replay import PrefixReplay
+from llm_dqn.sharpening import sharpened
 
 LOOK_STEPS = 25  # learner steps between two looks
 PATIENCE = 200  # learner steps to go on after the best look, and as many again as it took to get there
-FEWEST = 8  # episodes that scored above the mean, held out at least
-SPARED = 4  # times as many such episodes must there be that prompts are added to find those
-MOST = 128  # such episodes that are looked at, by all processes together
 HELD_OUT, PREDICTED = "eval/held_out_probability", "eval/predicted_reward"  # metrics that say when to stop
 SAID = {
     HELD_OUT: "held-out successes were likeliest after step {step} (a token {value:.3f} on average)",
     PREDICTED: "predicted rewards were surely highest after step {step} (at least {value:.3f})",
 }
-
-
-def mean_reward(logged: Sequence[LoggedRow]) -> float:
-    """Of completions scored elsewhere."""
-    return float(np.mean([row.reward for row in logged]))
-
-
-def kept_apart(logged: Sequence[LoggedRow], share: float, seed: int) -> tuple[Sequence[LoggedRow], Sequence[LoggedRow]]:
-    """(rows to learn from, rows above the mean reward that say when to stop), which have no prompt in common.
-
-    share: of the prompts that are kept apart; fewer where `MOST` good rows are found sooner, more where it takes more
-    to find `FEWEST` and these are no more than a quarter of the good ones. Else all rows are learned from.
-    """
-    mean = mean_reward(logged) if logged else 0.0
-    good = Counter(row.prompt.text for row in logged if row.reward > mean)
-    texts = sorted({row.prompt.text for row in logged})
-    order = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
-    found = np.cumsum([good[text] for text in order])
-    fewest, most = (int(np.searchsorted(found, wanted)) + 1 for wanted in (FEWEST, MOST))
-    count = min(int(len(texts) * share), most)
-    if share and sum(good.values()) >= FEWEST * SPARED:
-        count = max(count, fewest)
-    if count in (0, len(texts)) or found[count - 1] < FEWEST:
-        return logged, ()
-    apart = set(order[:count])
-    kept = [row for row in logged if row.prompt.text in apart and row.reward > mean]
-    return [row for row in logged if row.prompt.text not in apart], kept
 
 
 class HeldOut:
@@ -65,19 +35,21 @@ class HeldOut:
         self.episodes = PrefixReplay(MOST)
 
     @torch.no_grad()
-    def probability(self, batch_size: int) -> float:
-        """Mean of pi(a|s) over their tokens, each weighted by how much its episode scored above the mean.
+    def look(self, batch_size: int) -> tuple[float, float]:
+        """Mean of pi(a|s) over their tokens, each weighted by how much its episode scored above the mean; and what it
+        would be at least if the policy were sharp.
 
         Not of its logarithm: a few tokens of which the policy was too sure would outweigh all that it has learned.
         """
-        sums = torch.zeros(2)
+        sums = torch.zeros(3)
         for start in range(0, len(self.episodes), batch_size):
             batch = self.episodes.batch(np.arange(start, min(start + batch_size, len(self.episodes))))
             logprobs = self.network.logprobs(batch.tokens.to(self.network.device), "online").cpu()
             above = (batch.rewards.sum(1, keepdim=True) - self.mean_reward) * batch.action_mask
-            sums += torch.stack([(above * logprobs.exp()).sum(), above.sum()])
-        total, weight = self.add_up(sums.to(self.network.device))
-        return float(total / weight)
+            chances = logprobs.exp()
+            sums += torch.stack([(above * of).sum() for of in (chances, sharpened(chances), torch.ones_like(chances))])
+        total, sharper, weight = self.add_up(sums.to(self.network.device)).tolist()
+        return total / weight, sharper / weight
 
 
 class EarlyStopping:

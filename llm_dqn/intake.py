@@ -12,18 +12,18 @@ from llm_dqn.dyna import Dyna
 from llm_dqn.early_stopping import HELD_OUT, PREDICTED
 from llm_dqn.exchange import Order
 from llm_dqn.overlap import Overlap
-from llm_dqn.policy import sampled
+from llm_dqn.policy import SHARP, BehaviourPolicy, sampled
 from llm_dqn.recipe import DQNConfig
 from llm_dqn.rollout import rollout
 from llm_dqn.sharding import gathered, whole
 from llm_dqn.shared_folder import SharedFolder
+from llm_dqn.sharpening import Sharpening
 from llm_dqn.signals import Stopped, StopRequest
 from llm_dqn.trainer_state import Checkpointed
-from llm_dqn.types import Episode, Prompt
+from llm_dqn.types import Episode, PrefixBatch, Prompt
 
 FEWEST_GRADES = 8  # different rewards of the first collection, and half of all, that make them grades
-IMAGINE = 6  # name of a random stream, beside those of the trainer
-SHARP = 0.3  # temperature of acting once something was learned from answers that are right or wrong
+IMAGINE, SHARPEN = 6, 7  # names of random streams, beside those of the trainer
 # Share of the rewards' variance that predictions must explain. Where successes are imitated, what is taken for one must
 # mostly be one; grades are shrunk towards their mean by what is not known, and weigh less.
 LEAST, LEAST_OF_GRADES = 0.6, 0.2
@@ -166,6 +166,12 @@ class Intake(Checkpointed):
             self.say_predictable(dyna, f"{dyna.per_scored} completions are imagined for each scored one")
         return dyna.per_scored
 
+    def write_alone(self) -> int:
+        """A collection where nothing is scored; returns how many were imagined for each scored completion: 0."""
+        self.imagine_alone()
+        self.sharpen()
+        return 0
+
     def imagine_alone(self) -> None:
         """Where nothing is scored: adds a collection whose rewards are predicted, and looks at what they promise."""
         dyna = self.parts.dyna
@@ -215,6 +221,30 @@ class Intake(Checkpointed):
             f"rewards can be predicted ({dyna.model.skill:.0%} of their variance): {how} (replay.imagined)"
         )
 
+    @property
+    def sharpening(self) -> Sharpening | None:
+        """Own completions of a run on a log alone, while they help and rewards cannot be predicted."""
+        sharpening, predicts = self.parts.sharpening, self.parts.dyna is not None and self.parts.dyna.predicts
+        return None if predicts or sharpening is None or not sharpening.helps else sharpening
+
+    def with_own(self, batch: PrefixBatch, rng: np.random.Generator) -> PrefixBatch:
+        """The batch, and own completions beside it where these are learned from."""
+        return batch if self.sharpening is None else self.sharpening.with_own(batch, rng)
+
+    def sharpen(self) -> None:
+        """Where nothing is scored: writes completions that are learned from as they are."""
+        sharpening = self.sharpening
+        if sharpening is None:
+            return
+        prompts = self.parts.stream.next_batch(self.draw)
+        if len(sharpening.own) == 0:
+            self.logbook.say("own completions, the likeliest ones, are learned from as well (replay.sharpened)")
+        policy, seed = BehaviourPolicy(temperature=SHARP), self.seed_for(SHARPEN, self.step)
+        write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
+        with whole(self.network):
+            own = self.processes.agree(lambda: self.written(write, len(prompts)))
+        sharpening.add([episode for part in self.processes.gather(own) for episode in part])
+
     def learned_enough(self) -> bool:
         """In a run that learns from a log alone: whether predicted rewards, or else held-out completions, say so.
 
@@ -232,9 +262,11 @@ class Intake(Checkpointed):
                 self.collected_at = self.step
         elif held_out is not None and not self.replay.graded and stopping.due(self.step, last):
             with whole(self.network):
-                probability = held_out.probability(self.args.per_device_train_batch_size)
+                probability, sharper = held_out.look(self.args.per_device_train_batch_size)
             stopping.seen(self.step, HELD_OUT, probability)
             self.logbook.add(HELD_OUT, probability)
+            if self.parts.sharpening is not None:
+                self.parts.sharpening.helps = sharper > probability
         return stopping.over(self.step)
 
     # --- from collectors elsewhere ----------------------------------------------------------------------------------

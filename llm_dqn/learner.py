@@ -101,11 +101,11 @@ class Learner:
         """Notes what an update saw, and how wrong Q was about each episode."""
         self.logbook.add("train/grad_norm", norm)
         for batch, target, q in zip(batches, td_targets, outputs, strict=True):
-            mask = batch.action_mask
+            mask = batch.action_mask & batch.scored[:, None]
             self.logbook.updated(q, target, mask)
             if self.prioritized:
-                errors = ((q.taken - target.returns).abs() * mask).sum(1) / mask.sum(1)
-                self.parts.replay.update_priorities(batch.slots, errors.detach())
+                errors = ((q.taken - target.returns).abs() * mask).sum(1)[batch.scored] / mask.sum(1)[batch.scored]
+                self.parts.replay.update_priorities(batch.slots[batch.scored], errors.detach())
 
     def blame(self, batches: Sequence[PrefixBatch], td_targets: Sequence[TDTarget], outputs: Sequence[QOutput]) -> str:
         """Which episodes a step failed on, in words."""

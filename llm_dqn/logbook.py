@@ -206,7 +206,7 @@ class Logbook:
         }
         tokens = mask.sum()
         for name, values in facts.items():
-            self.metrics.add(name, (values * mask).sum() / tokens, weight=tokens)
+            self.metrics.add(name, (values * mask).sum() / tokens.clamp(min=1), weight=tokens)
         self.metrics.add_peak("train/q_max", (q.taken * mask).abs().max())
 
     def add(self, name: str, value: Tensor | float) -> None:

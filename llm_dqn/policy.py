@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+SHARP = 0.3  # temperature of acting once something was learned from answers that are right or wrong
+
 
 @dataclass(frozen=True)
 class BehaviourPolicy:

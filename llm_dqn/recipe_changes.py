@@ -37,7 +37,7 @@ NOTED = _names(
     reward.on_error reward.cache
     dqn.n_step dqn.lam dqn.corrected dqn.importance_sampling_cap dqn.loss dqn.target_sync_steps dqn.target_tau
     dqn.advantage_weight dqn.negative_weight dqn.negative_half_life dqn.cql_weight
-    replay.imagined
+    replay.imagined replay.sharpened
     replay.learning_starts replay.updates_per_collect replay.prioritized replay.success_share replay.success_odds
     replay.success_half_life
     replay.target_kl

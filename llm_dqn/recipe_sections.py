@@ -288,6 +288,11 @@ class ReplaySection(Section):
         description="Completions with a predicted reward for each scored one, and as many more learner steps, where "
         "rewards can be predicted; with logged data alone, all that are written unless it is 0; 0 = none.",
     )
+    sharpened: Annotated[Int, Field(ge=0)] = Field(
+        default=1,
+        description="With logged data alone: own completions, the likeliest ones and never scored, beside each logged "
+        "one of a batch, where held-out successes say whether that is any good; 0 = none.",
+    )
     target_kl: Annotated[Float, Field(gt=0)] | None = Field(
         default=0.2,
         description="Nats a token that the policy may move from the one that wrote last before it collects again.",

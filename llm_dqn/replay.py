@@ -244,7 +244,8 @@ class PrefixReplay:
         discounts[last] = self._final_discounts(facts["ended"])
         for name, values in zip(LOGPROBS, logprobs, strict=True):
             values[mask] = flat[name]
-        return PrefixBatch(layout, *map(torch.from_numpy, (rewards, discounts, *logprobs, slots)))
+        scored = np.ones(len(slots), bool)
+        return PrefixBatch(layout, *map(torch.from_numpy, (rewards, discounts, *logprobs, slots, scored)))
 
     def newest(self, count: int, rows: int) -> Iterator[PrefixBatch]:
         """Those of the `count` episodes added last that are by the newest policy, `rows` at a time."""

@@ -205,11 +205,8 @@ class DQNTrainer(Intake):
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
             self.see_first_rewards()
-        imagined = 0  # for each scored one
-        if self.scored_completions > before:
-            imagined = self.imagine(fresh)
-        else:
-            self.imagine_alone()
+        # for each scored one
+        imagined = self.imagine(fresh) if self.scored_completions > before else self.write_alone()
         steps = self.args.updates_per_collect * (1 + imagined)
         self.collected_at, self.collect_at, self.look_at = self.step, self.step + steps, self.step + LOOK_STEPS
 
@@ -247,7 +244,7 @@ class DQNTrainer(Intake):
         rng = np.random.default_rng([self.args.seed, REPLAY, self.samples_drawn, self.parts.accelerator.process_index])
         batch = self.replay.sample(self.args.per_device_train_batch_size, rng, self.parts.sampling)
         self.logbook.add("replay/age", float(self.step - self.replay.versions[batch.slots.numpy()].mean()))
-        return batch.to(self.parts.accelerator.device)
+        return self.with_own(batch, rng).to(self.parts.accelerator.device)
 
     @torch.no_grad()
     def td_target(self, batch: PrefixBatch) -> TDTarget:
@@ -255,7 +252,8 @@ class DQNTrainer(Intake):
         q = self.network.target(batch)
         returns = self.parts.returns(batch, q)
         advantages = (returns - q.values) * batch.action_mask
-        return TDTarget(returns, advantages, signed_weights(advantages, self.negative_weight), q.taken)
+        target = TDTarget(returns, advantages, signed_weights(advantages, self.negative_weight), q.taken)
+        return target if self.sharpening is None else self.sharpening.as_if_right(target, q, batch)
 
     def learn_from(self, batches: Sequence[PrefixBatch]) -> None:
         """What Q should have been by the target network, and one step towards that; in halves when memory runs out.

@@ -65,6 +65,7 @@ class Checkpointed:
             "shared": None if self.shared is None else self.shared.state(),
             "overlap": None if self.overlap is None else self.overlap.state(),
             "dyna": None if self.parts.dyna is None else self.parts.dyna.state(),
+            "own_completions_help": self.parts.sharpening is not None and self.parts.sharpening.helps,
             "early_stopping": None if self.parts.early_stopping is None else self.parts.early_stopping.state(),
         }
 
@@ -77,6 +78,7 @@ class Checkpointed:
             f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
             **({} if self.overlap is None else self.overlap.tensors()),
             **({} if self.parts.dyna is None else self.parts.dyna.tensors()),
+            **({} if self.parts.sharpening is None else self.parts.sharpening.tensors()),
             **({} if stopping is None or not stopping.best else {"best": stopping.best}),
         }
 
@@ -106,6 +108,9 @@ class Checkpointed:
             self.overlap.load_state(state["overlap"], tensors)
         if self.parts.dyna is not None and state.get("dyna"):
             self.parts.dyna.load_state(state["dyna"], tensors, self.replay)
+        if self.parts.sharpening is not None:
+            self.parts.sharpening.helps = state.get("own_completions_help", False)
+            self.parts.sharpening.load_tensors(tensors)
         if self.parts.early_stopping is not None and state.get("early_stopping"):
             self.parts.early_stopping.load_state(state["early_stopping"], tensors.get("best", {}))
         self.parts.stream.load_state_dict(state["prompts"])

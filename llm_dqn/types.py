@@ -72,6 +72,7 @@ class PrefixBatch:
     ref_logprobs: Tensor  # (B, T) stored log pi_ref of the actions
     behaviour_logprobs: Tensor  # (B, T) stored log pi of the actions by the policy as it was when they were written
     slots: Tensor  # (B,) places in the replay buffer, for priorities
+    scored: Tensor  # (B,) bool, false where nobody said what the episode is worth
 
     @property
     def action_mask(self) -> Tensor:
@@ -102,7 +103,7 @@ class PrefixBatch:
         )
         names = ("rewards", "discounts", "ref_logprobs", "behaviour_logprobs")
         of_actions = {name: getattr(self, name)[chosen, :actions] for name in names}
-        return PrefixBatch(tokens, slots=self.slots[chosen], **of_actions)
+        return PrefixBatch(tokens, slots=self.slots[chosen], scored=self.scored[chosen], **of_actions)
 
 
 def joined(batches: Sequence[PrefixBatch]) -> PrefixBatch:

@@ -24,8 +24,8 @@ judging inputs
 assembly score_rows logbook hub replay_browser exchange
 bundle saver
 evaluation scoring checkpoint launch card opening early_stopping trust_region
-sharding
-rollout strength objective dyna
+sharding logged
+rollout strength objective dyna sharpening
 engines
 network rewards
 policy_network

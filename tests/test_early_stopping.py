@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from llm_dqn import DQNConfig, DQNTrainer, early_stopping
 from llm_dqn.data import LoggedRow
-from llm_dqn.early_stopping import FEWEST, HELD_OUT, MOST, PREDICTED, kept_apart
+from llm_dqn.early_stopping import HELD_OUT, PREDICTED
+from llm_dqn.logged import FEWEST, MOST, kept_apart
 from llm_dqn.types import Prompt
 from tests.networks import lora
 
@@ -95,6 +96,7 @@ def trained(model: str, log: Path, folder: Path, steps: int, resume: bool = Fals
         eval_steps=0,
         save_steps=7,
         imagined=0,
+        sharpened=0,
         final_eval_prompts=4,
     )
     prompts = Dataset.from_list([{"prompt": f"{number} of {LOG}"} for number in range(LOG)])
@@ -114,7 +116,7 @@ def test_learning_stops_and_the_policy_that_generalised_best_is_left(tiny_llama_
     watch = run.parts.early_stopping
     assert watch.best_step > 0 and run.step == 2 * watch.best_step + 8 < 400
     # the weights in memory, and so in adapter/
-    assert run.parts.held_out.probability(4) == pytest.approx(watch.best_value, rel=1e-5)
+    assert run.parts.held_out.look(4)[0] == pytest.approx(watch.best_value, rel=1e-5)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [line[HELD_OUT] for line in lines if HELD_OUT in line]
     assert max(seen) == pytest.approx(watch.best_value) and seen[-1] < watch.best_value > seen[0]

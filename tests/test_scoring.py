@@ -52,7 +52,7 @@ def batch_of(net: QNetwork, rows: list[Episode]) -> PrefixBatch:
     tokens = collate_tokens([row.prompt_ids for row in rows], [row.completion_ids for row in rows])
     zeros = torch.zeros(tokens.actions.shape)
     written = net.logprobs(tokens, "reference")
-    return PrefixBatch(tokens, zeros, zeros, written, written, torch.arange(len(rows)))
+    return PrefixBatch(tokens, zeros, zeros, written, written, torch.arange(len(rows)), torch.ones(len(rows)) > 0)
 
 
 def logits_of(net: QNetwork, tokens: TokenBatch, role: Any) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Cell:
             own = {name: self.settings[name] for name in dqn.OWN & self.settings.keys()}
             given = {name: value for name, value in self.settings.items() if name not in own}
             resolved = DQNConfig(output_dir="-", **given).model_dump()
-            logged_only = () if REGIMES[self.regime].online else ("held_out_share",)
+            logged_only = () if REGIMES[self.regime].online else ("held_out_share", "sharpened")
             facts["settings"] = own | {name: resolved[name] for name in (*DECISIVE, *logged_only)}
         return digest(facts)
 
