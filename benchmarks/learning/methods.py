@@ -72,6 +72,7 @@ ILQL = {
     "advantage_weight": 0.0,
     "success_share": 0.0,
     "imagined": 0,
+    "sharpened": 0,
 }
 
 ONLINE = {
