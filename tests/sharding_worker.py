@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from llm_dqn import sharding
+from llm_dqn import early_stopping, sharding
 from llm_dqn.policy import sampled
 from llm_dqn.reduction import sum_gradients
 from llm_dqn.replay import PrefixReplay
@@ -111,14 +111,24 @@ def runs(path: str, folder: Path, rank: int) -> dict:
         "shares": len(shares),
         "apart": largest(ends["none"], ends["fsdp2"]),
         "kept_steps": [run.parts.early_stopping.best_step for run in logged],
+        "own": [len(run.parts.sharpening.own) for run in logged],
+        "own_alike": len(set(logged[0].processes.gather(own_tokens(logged[0])))) == 1,
         "kept_apart": largest(*({k: full(v) for k, v in run.network.checkpoint_state().items()} for run in logged)),
         "resumed": largest(ends["fsdp2"], ends["cut"]),
         "saved": largest(saved, {name: value for name, value in ends["fsdp2"].items() if name in saved}),
     }
 
 
+def own_tokens(run) -> tuple[int, ...]:
+    """All tokens of the own completions that this process learns from."""
+    return tuple(run.parts.sharpening.own.state_arrays()["tokens"].tolist())
+
+
 def from_log(path: str, folder: Path, **options):
-    """A run on logged completions alone that has put back the policy under which held-out successes were likeliest."""
+    """A run on logged completions alone that has put back the policy under which held-out successes were likeliest, and
+    that has learned from own completions, for which two processes wrote.
+    """
+    early_stopping.sharpened = torch.ones_like
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.jsonl"
     rows = [{"prompt": row["prompt"], "completion": " eee", "reward": min(n % 3, 1)} for n, row in enumerate(ROWS)]

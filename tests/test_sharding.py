@@ -28,6 +28,7 @@ def test_a_sharded_trunk_learns_what_a_whole_one_does(tiny_llama_path, tmp_path)
         runs = notes["runs"]  # of whole trainings
         assert runs["shares"] > 0 and runs["apart"] < 1e-5, runs
         assert runs["kept_steps"] == [3, 3] and runs["kept_apart"] < 1e-5, runs
+        assert runs["own"][0] == runs["own"][1] > 0 and runs["own_alike"], runs
         assert runs["resumed"] == runs["saved"] == 0, runs
     lines = [metrics(tmp_path / name) for name in ("none", "fsdp2")]
     assert len(lines[0]) == len(lines[1]) == 4
