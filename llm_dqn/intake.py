@@ -53,23 +53,22 @@ class Intake(Checkpointed):
     def sharp(self) -> bool:
         """Whether the policy acts sharply. Where an answer is right or wrong, what it finds likeliest is worth a call.
 
-        Part of a reward for part of an answer is another matter: acting sharply, nobody would find the rest. Where all
-        rewards are the same, nothing was learned yet.
+        Where all rewards are the same, nothing was learned yet.
         """
         return self.args.temperature is None and self.step > 0 and self.replay.different_rewards == 2
 
-    @property
-    def temperature(self) -> float:
-        """Of the acting policy, but for prompts where acting sharply failed."""
-        if self.args.temperature is not None:
-            return self.args.temperature
-        return SHARP if self.sharp else 1.0
-
     def temperatures(self, prompts: Sequence[Prompt]) -> list[float]:
-        """Of the acting policy at each of these prompts."""
+        """Of the acting policy at each of these prompts.
+
+        Where part of an answer gets part of a reward, every other one is written to sharply: if all were, nobody would
+        find the rest. Grades tell apart what is written at 1.
+        """
         if self.sharp:
             return self.attempts.temperatures(prompts, SHARP)
-        return [self.temperature] * len(prompts)
+        if self.args.temperature is not None:
+            return [self.args.temperature] * len(prompts)
+        parts = self.step > 0 and not self.replay.graded and self.replay.different_rewards > 2
+        return [SHARP if parts and place % 2 else 1.0 for place in range(len(prompts))]
 
     def learn_from_attempts(self, episodes: Sequence[Episode], sharp: bool) -> None:
         """Notes at which prompts acting sharply failed, if this was that, on all processes."""

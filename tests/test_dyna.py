@@ -263,12 +263,18 @@ def test_features_do_not_depend_on_the_batch(build_model, tmp_path, architecture
     assert dyna.unknown(run.replay) == {}  # known by now
 
 
-@pytest.mark.parametrize(("knows", "sharp"), [("nothing", False), ("share", False), ("right", True)])
-def test_acting_is_sharp_where_answers_are_right_or_wrong(tiny_llama_path, tmp_path, knows, sharp):
+@pytest.mark.parametrize(
+    ("knows", "then"), [("nothing", [1.0, 1.0, 1.0]), ("share", [1.0, 0.3, 1.0]), ("right", [0.3, 0.3, 0.3])]
+)
+def test_acting_is_sharp_where_answers_are_right_or_wrong_and_half_so_where_parts_count(
+    tiny_llama_path, tmp_path, knows, then
+):
     run = trainer(tiny_llama_path, tmp_path / "run", Judge(knows), max_steps=2, imagined=0)
-    assert run.temperature == 1.0
+    prompts = run.parts.eval_prompts[:1] * 3
+    assert run.temperatures(prompts) == [1.0, 1.0, 1.0]
     run.train()
-    assert run.temperature == (0.3 if sharp else 1.0)
+    run.attempts.failed.clear()
+    assert run.temperatures(prompts) == then
     fixed = trainer(tiny_llama_path, tmp_path / "fixed", Judge(knows), max_steps=2, imagined=0, temperature=0.7)
     fixed.train()
-    assert fixed.temperature == 0.7
+    assert fixed.temperatures(prompts) == [0.7, 0.7, 0.7]
