@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from data import lm
 
@@ -86,13 +86,21 @@ def word_tokenizer(words: tuple[str, ...], context: int) -> PreTrainedTokenizerF
     return lm.wrap_tokenizer(tokenizer, context, unk_token=lm.UNKNOWN)
 
 
-def base_model(recipe: BaseRecipe, write: Callable[[random.Random], str]) -> Built:
+Untrained = Callable[[PreTrainedTokenizerFast, BaseRecipe], PreTrainedModel]
+
+
+def llama(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe) -> PreTrainedModel:
+    """Untrained, of the recipe's size."""
+    return lm.new_llama(tokenizer, recipe.width, recipe.layers, recipe.heads, 2 * recipe.width)
+
+
+def base_model(recipe: BaseRecipe, write: Callable[[random.Random], str], untrained: Untrained = llama) -> Built:
     """A base LM that has read texts by `write`."""
 
     def build(folder: Path) -> None:
         torch.manual_seed(recipe.seed)
         tokenizer = word_tokenizer(recipe.vocabulary, recipe.context)
-        model = lm.new_llama(tokenizer, recipe.width, recipe.layers, recipe.heads, 2 * recipe.width)
+        model = untrained(tokenizer, recipe)
         source = lm.batches(tokenizer, write, recipe.batch, recipe.seed)
         if unread := int(recipe.parameters.get("unread", 0)):
             source = ((ids, labels.index_fill(1, torch.arange(unread), -100)) for ids, labels in source)
@@ -100,4 +108,5 @@ def base_model(recipe: BaseRecipe, write: Callable[[random.Random], str]) -> Bui
         lm.save(model, tokenizer, folder)
 
     trainer = hashlib.sha256(Path(lm.__file__).read_bytes()).hexdigest()[:12]
-    return Built(f"base-{recipe.corpus}", {**asdict(recipe), "trainer": trainer}, build)
+    facts = {**asdict(recipe), "trainer": trainer}
+    return Built(f"base-{recipe.corpus}", facts if untrained is llama else facts | {"model": untrained.__name__}, build)

@@ -6,17 +6,13 @@ of many a first example: below zero, and of another size.
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.learning.bases import BaseRecipe, Built, base_model, word_tokenizer
-from data import lm
+from benchmarks.learning.bases import BaseRecipe, base_model
 
 # --- sorting: the base has the habit of swapping neighbours -----------------------------------------------------------
 
@@ -71,27 +67,23 @@ def _payment(rng: random.Random) -> str:
     return f"{sum(coins)} : {' '.join(f'c{coin}' for coin in coins)}"
 
 
-def _build_payer(folder: Path) -> None:
-    torch.manual_seed(PAYING.seed)
-    tokenizer = word_tokenizer(PAYING.vocabulary, PAYING.context)
-    model = GPT2LMHeadModel(
+def gpt2(tokenizer: PreTrainedTokenizerFast, recipe: BaseRecipe) -> PreTrainedModel:
+    """Untrained, of the recipe's size."""
+    return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
-            n_positions=PAYING.context,
-            n_embd=PAYING.width,
-            n_layer=PAYING.layers,
-            n_head=PAYING.heads,
+            n_positions=recipe.context,
+            n_embd=recipe.width,
+            n_layer=recipe.layers,
+            n_head=recipe.heads,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    source = lm.batches(tokenizer, _payment, PAYING.batch, PAYING.seed)
-    lm.train_lm(model, source, PAYING.steps, PAYING.peak, "coins")
-    lm.save(model, tokenizer, folder)
 
 
-PAYING_BASE = Built("base-coins", {**asdict(PAYING), "model": "gpt2"}, _build_payer)
+PAYING_BASE = base_model(PAYING, _payment, gpt2)
 
 
 @cache
