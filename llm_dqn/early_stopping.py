@@ -16,6 +16,7 @@ from llm_dqn.sharpening import sharpened
 LOOK_STEPS = 25  # learner steps between two looks
 PATIENCE = 200  # learner steps to go on after the best look, and as many again as it took to get there
 HELD_OUT, PREDICTED = "eval/held_out_probability", "eval/predicted_reward"  # metrics that say when to stop
+SHARPER = "eval/held_out_sharper"  # what the first of them would be at least if the policy were sharp
 SAID = {
     HELD_OUT: "held-out successes were likeliest after step {step} (a token {value:.3f} on average)",
     PREDICTED: "predicted rewards were surely highest after step {step} (at least {value:.3f})",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_dqn.dyna import Dyna
-from llm_dqn.early_stopping import HELD_OUT, PREDICTED
+from llm_dqn.early_stopping import HELD_OUT, PREDICTED, SHARPER
 from llm_dqn.exchange import Order
 from llm_dqn.overlap import Overlap
 from llm_dqn.policy import SHARP, BehaviourPolicy, sampled
@@ -264,6 +264,7 @@ class Intake(Checkpointed):
                 probability, sharper = held_out.look(self.args.per_device_train_batch_size)
             stopping.seen(self.step, HELD_OUT, probability)
             self.logbook.add(HELD_OUT, probability)
+            self.logbook.add(SHARPER, sharper)
             if self.parts.sharpening is not None:
                 self.parts.sharpening.helps = sharper > probability
         return stopping.over(self.step)

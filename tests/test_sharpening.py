@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from llm_dqn import DQNConfig, DQNTrainer, early_stopping
+from llm_dqn.early_stopping import HELD_OUT, SHARPER
 from llm_dqn.policy import SHARP
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.sharpening import KEPT, Sharpening, sharpened
@@ -127,6 +128,9 @@ def test_what_is_likeliest_gets_likelier_once_the_log_has_taught_it(tiny_llama_p
         run.train()
         shares[kind], last[kind] = share(run), run
         assert set(run.replay.store.column("source")[: len(run.replay)]) == {1}  # the log
+    lines = [json.loads(line) for line in (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
+    looks = [line[SHARPER] - line[HELD_OUT] for line in lines if SHARPER in line]
+    assert looks[0] < 0 < looks[-1]  # at first the likeliest is what the base model likes
     own = texts(last[1].parts.sharpening.own, last[1])
     assert last[0].parts.sharpening is None and len(own) > 8
     assert min(last[1].parts.sharpening.own.versions) > 0  # the base model writes anything
