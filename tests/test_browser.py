@@ -205,21 +205,29 @@ def test_the_report_has_its_parts_and_charts(browser: Chrome, report: Path) -> N
     assert {link.split("#")[1] for link in links} == ids and all(link.startswith(report.as_uri()) for link in links)
 
 
+def numbers(said: str) -> tuple[int, float]:
+    """(completions scored, reward while training) in a readout."""
+    found = re.search(r"completions scored: ([\d,]+)\nwhile training ([\d.−]+)", said)
+    assert found is not None, said
+    return int(found[1].replace(",", "")), float(found[2].replace("−", "-"))
+
+
 def test_charts_say_their_numbers_to_pointer_and_keys(browser: Chrome, report: Path) -> None:
     rows = [json.loads(line) for line in (report.parent / "metrics.jsonl").read_text().splitlines()]
     opened(browser, report)
     chart = browser.find_element(By.CSS_SELECTOR, ".panel.over-completions .wide svg")
     ActionChains(browser).move_to_element_with_offset(chart, 0, 0).perform()
     assert f"completions scored: {rows[0]['scored_completions']}" not in readout(browser)
-    assert "while training 0." in readout(browser) and "base model" in readout(browser)
+    assert "base model" in readout(browser)
+    collected = {row["scored_completions"]: row["rollout/reward"] for row in rows if "rollout/reward" in row}
+    scored, reward = numbers(readout(browser))
+    assert reward == pytest.approx(collected[scored], rel=1e-3)
     ActionChains(browser).move_to_element(browser.find_element(By.TAG_NAME, "h1")).perform()
     assert readout(browser) == ""
     chart.send_keys(Keys.END)
-    last = rows[-1]
-    assert f"completions scored: {last['scored_completions']:,}" in readout(browser)
-    shown = re.search(r"while training ([\d.−]+)", readout(browser))
-    assert shown is not None
-    assert float(shown[1].replace("−", "-")) == pytest.approx(last["rollout/reward"], rel=1e-3)
+    assert numbers(readout(browser)) == pytest.approx(
+        (rows[-1]["scored_completions"], rows[-1]["rollout/reward"]), rel=1e-3
+    )
     chart.send_keys(Keys.ARROW_LEFT)
     assert f"completions scored: {rows[-2]['scored_completions']:,}" in readout(browser)
     chart.send_keys(Keys.ESCAPE)
