@@ -60,8 +60,8 @@ class Intake(Checkpointed):
     def temperatures(self, prompts: Sequence[Prompt]) -> list[float]:
         """Of the acting policy at each of these prompts.
 
-        Where part of an answer gets part of a reward, every other one is written to sharply: if all were, nobody would
-        find the rest. Grades tell apart what is written at 1.
+        Where parts of an answer are paid for, every other prompt is written to sharply: if all were, nobody would find
+        the rest. Where a judge grades, none is.
         """
         if self.sharp:
             return self.attempts.temperatures(prompts, SHARP)

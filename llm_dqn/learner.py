@@ -112,10 +112,10 @@ class Learner:
         slots: list[int] = []
         for batch, target, q in zip(batches, td_targets, outputs, strict=True):
             rows = faulty_rows([q.taken, q.logprobs, target.returns], batch.action_mask)
-            slots += [int(batch.slots[row]) for row in rows]
+            slots += [int(batch.slots[row]) for row in rows if batch.scored[row]]
         everyone = self.processes.gather(sorted(set(slots)))
         found = [f"{slots[:8]} of process {rank}" for rank, slots in enumerate(everyone) if slots]
         if found:
             return f"Q or its target is not finite for the replay's slots {', '.join(found)}"
-        drawn = sorted({int(slot) for batch in batches for slot in batch.slots})
+        drawn = sorted({int(slot) for batch in batches for slot in batch.slots[batch.scored]})
         return f"loss or gradient is not finite, or no token is left, in a batch of the replay's slots {drawn[:8]} ..."
