@@ -82,7 +82,7 @@ def run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("share") / "greeter"
     shutil.copytree(trained_run, folder)
     weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-    save_file({name: 4 * value for name, value in weights.items()}, folder / "adapter" / "adapter_model.safetensors")
+    save_file({name: 3 * value for name, value in weights.items()}, folder / "adapter" / "adapter_model.safetensors")
     for stray in ("notes.txt", "adapter/optimizer.safetensors", "adapter/replay.jsonl", "adapter/.env", "adapter/a.py"):
         (folder / stray).write_text("private")
     return folder
