@@ -70,6 +70,11 @@ class Intake(Checkpointed):
         parts = self.step > 0 and not self.replay.graded and self.replay.different_rewards > 2
         return [SHARP if parts and place % 2 else 1.0 for place in range(len(prompts))]
 
+    def write(self, prompts: Sequence[Prompt], policy: BehaviourPolicy, seed: int) -> list[Episode]:
+        """What the network writes to the prompts by this policy, not yet scored."""
+        work = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
+        return self.written(work, len(prompts))
+
     def learn_from_attempts(self, episodes: Sequence[Episode], sharp: bool) -> None:
         """Notes at which prompts acting sharply failed, if this was that, on all processes."""
         if self.args.temperature is not None or self.apart:
@@ -165,11 +170,10 @@ class Intake(Checkpointed):
             self.say_predictable(dyna, f"{dyna.per_scored} completions are imagined for each scored one")
         return dyna.per_scored
 
-    def write_alone(self) -> int:
-        """A collection where nothing is scored; returns how many were imagined for each scored completion: 0."""
+    def write_alone(self) -> None:
+        """A collection where nothing is scored."""
         self.imagine_alone()
         self.sharpen()
-        return 0
 
     def imagine_alone(self) -> None:
         """Where nothing is scored: adds a collection whose rewards are predicted, and looks at what they promise."""
@@ -211,8 +215,7 @@ class Intake(Checkpointed):
         never the same.
         """
         seed = self.seed_for(IMAGINE, key)
-        write = partial(rollout, prompts=prompts, policy=sampled(), seed=seed, policy_version=self.step)
-        return self.processes.agree(lambda: dyna.judged(self.written(write, len(prompts))))
+        return self.processes.agree(lambda: dyna.judged(self.write(prompts, sampled(), seed)))
 
     def say_predictable(self, dyna: Dyna, how: str) -> None:
         """Once, when it begins."""
@@ -239,9 +242,8 @@ class Intake(Checkpointed):
         if len(sharpening.own) == 0:
             self.logbook.say("own completions, the likeliest ones, are learned from as well (replay.sharpened)")
         policy, seed = BehaviourPolicy(temperature=SHARP), self.seed_for(SHARPEN, self.step)
-        write = partial(rollout, prompts=prompts, policy=policy, seed=seed, policy_version=self.step)
         with whole(self.network):
-            own = self.processes.agree(lambda: self.written(write, len(prompts)))
+            own = self.processes.agree(lambda: self.write(prompts, policy, seed))
         sharpening.add([episode for part in self.processes.gather(own) for episode in part])
 
     def learned_enough(self) -> bool:

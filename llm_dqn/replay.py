@@ -129,6 +129,7 @@ class PrefixReplay:
         """What sampling rules derived from the content."""
         self._trees: dict[tuple[float, float], PriorityTree] = {}  # by alpha and half-life
         self._successes: tuple[np.ndarray, np.ndarray] | None = None
+        self._different: int | None = None
         self._faded: dict[tuple[float, bool], np.ndarray] = {}  # by half-life, and whether of successes alone
 
     def __len__(self) -> int:
@@ -157,7 +158,9 @@ class PrefixReplay:
     @property
     def different_rewards(self) -> int:
         """How many different rewards are stored: nearly as many as episodes where a judge grades."""
-        return len(np.unique(self.rewards))
+        if self._different is None:
+            self._different = len(np.unique(self.rewards))
+        return self._different
 
     def _view(self, name: str) -> np.ndarray:
         view = self.store.column(name)
@@ -201,7 +204,7 @@ class PrefixReplay:
                 raise ValueError(f"an episode needs at least one action, got none after {episode.prompt!r}")
         if not episodes:
             return
-        self._successes, self._faded = None, {}
+        self._successes, self._different, self._faded = None, None, {}
         fresh, first = self.priorities.max() if len(self) else 1.0, self.added
         facts = {
             "lengths": [len(episode.prompt_ids) + len(episode.completion_ids) for episode in episodes],

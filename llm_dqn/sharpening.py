@@ -5,7 +5,7 @@ whole policy there, as acting greedily by Q does in the textbook; held-out succe
 et al. 2024, https://arxiv.org/abs/2412.01951, who name it sharpening.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -66,16 +66,3 @@ class Sharpening:
             weights=torch.where(scored, target.weights, hoped),
             q_taken=q.taken,
         )
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What is remembered; nothing before the first own completions."""
-        if len(self.own) == 0:
-            return {}
-        return {"own": {name: torch.from_numpy(values) for name, values in self.own.state_arrays().items()}}
-
-    def load_tensors(self, tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        """The reverse of `tensors`."""
-        if "own" in tensors:
-            self.own.load_arrays({name: values.numpy() for name, values in tensors["own"].items()})

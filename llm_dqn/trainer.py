@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.processes import Processes
 from llm_dqn.recipe import DQNConfig, Recipe
-from llm_dqn.rollout import Writer, rollout, verify_generator
+from llm_dqn.rollout import Writer, verify_generator
 from llm_dqn.sharding import adapters_whole, whole
 from llm_dqn.signals import StopRequest
 from llm_dqn.trust_region import LOOK_STEPS, MOST_LOOK_STEPS, behaviour_kl
@@ -205,8 +204,11 @@ class DQNTrainer(Intake):
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         if self.step == 0:
             self.see_first_rewards()
-        # for each scored one
-        imagined = self.imagine(fresh) if self.scored_completions > before else self.write_alone()
+        imagined = 0  # for each scored one
+        if self.scored_completions > before:
+            imagined = self.imagine(fresh)
+        else:
+            self.write_alone()
         steps = self.args.updates_per_collect * (1 + imagined)
         self.collected_at, self.collect_at, self.look_at = self.step, self.step + steps, self.step + LOOK_STEPS
 
@@ -229,9 +231,7 @@ class DQNTrainer(Intake):
         for temperature in sorted(set(temperatures)):
             policy = BehaviourPolicy(temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
             rows = [row for row, its_own in enumerate(temperatures) if its_own == temperature]
-            some = [prompts[row] for row in rows]
-            write = partial(rollout, prompts=some, policy=policy, seed=seed, policy_version=self.step)
-            found |= zip(rows, self.written(write, len(rows)), strict=True)
+            found |= zip(rows, self.write([prompts[row] for row in rows], policy, seed), strict=True)
         return [found[row] for row in range(len(prompts))]
 
     def score(self, episodes: list[Episode]) -> list[Episode]:

@@ -72,13 +72,14 @@ class Checkpointed:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint, part by part."""
         rank, stopping = self.parts.accelerator.process_index, self.parts.early_stopping
+        own = None if self.parts.sharpening is None else self.parts.sharpening.own
         return {
             "network": sharding.gathered(self.network.checkpoint_state()),
             "optimizer": sharding.gathered(checkpoint.optimizer_tensors(self.parts.optimizer)),
             f"replay-{rank:05d}": checkpoint.as_tensors(self.replay.snapshot()),
             **({} if self.overlap is None else self.overlap.tensors()),
             **({} if self.parts.dyna is None else self.parts.dyna.tensors()),
-            **({} if self.parts.sharpening is None else self.parts.sharpening.tensors()),
+            **({"own": checkpoint.as_tensors(own.state_arrays())} if own else {}),
             **({} if stopping is None or not stopping.best else {"best": stopping.best}),
         }
 
@@ -110,7 +111,8 @@ class Checkpointed:
             self.parts.dyna.load_state(state["dyna"], tensors, self.replay)
         if self.parts.sharpening is not None:
             self.parts.sharpening.helps = state.get("own_completions_help", False)
-            self.parts.sharpening.load_tensors(tensors)
+            if "own" in tensors:
+                self.parts.sharpening.own.load_arrays(checkpoint.as_arrays(tensors["own"]))
         if self.parts.early_stopping is not None and state.get("early_stopping"):
             self.parts.early_stopping.load_state(state["early_stopping"], tensors.get("best", {}))
         self.parts.stream.load_state_dict(state["prompts"])

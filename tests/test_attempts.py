@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from llm_dqn import DQNConfig, DQNTrainer, trainer
+from llm_dqn import DQNConfig, DQNTrainer, intake
 from llm_dqn.attempts import Attempts, of_prompt
 from llm_dqn.intake import SHARP
 from llm_dqn.types import Episode, Prompt
@@ -61,13 +61,13 @@ def test_one_success_among_several_completions_of_a_prompt_is_enough():
 def written(monkeypatch) -> list[tuple[int, float, str]]:
     """(step, temperature, prompt) of every completion that is collected."""
     found: list[tuple[int, float, str]] = []
-    real = trainer.rollout
+    real = intake.rollout
 
     def spied(writer, prompts, policy, **options):
         found.extend((options.get("policy_version", 0), policy.temperature, prompt.text) for prompt in prompts)
         return real(writer, prompts, policy, **options)
 
-    monkeypatch.setattr(trainer, "rollout", spied)
+    monkeypatch.setattr(intake, "rollout", spied)
     return found
 
 

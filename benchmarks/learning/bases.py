@@ -108,5 +108,5 @@ def base_model(recipe: BaseRecipe, write: Callable[[random.Random], str], untrai
         lm.save(model, tokenizer, folder)
 
     trainer = hashlib.sha256(Path(lm.__file__).read_bytes()).hexdigest()[:12]
-    facts = {**asdict(recipe), "trainer": trainer}
+    facts = {**asdict(recipe), "trainer": trainer}  # a llama's are as they were when there was nothing else
     return Built(f"base-{recipe.corpus}", facts if untrained is llama else facts | {"model": untrained.__name__}, build)
