@@ -18,7 +18,7 @@ from llm_dqn.dyna import Dyna
 from llm_dqn.early_stopping import EarlyStopping, HeldOut
 from llm_dqn.errors import UserError
 from llm_dqn.launch import accelerator_for
-from llm_dqn.logged import fill_from_log, kept_apart, mean_reward
+from llm_dqn.logged import fill_from_log, kept_apart, least_imitated, mean_reward
 from llm_dqn.network import Backup, QNetwork
 from llm_dqn.objective import LossRule, Objective
 from llm_dqn.recipe import FLAT_SECTIONS, DQNConfig, Recipe, dump_recipe, with_resolved_paths
@@ -36,7 +36,7 @@ ReturnsRule = Callable[[PrefixBatch, QOutput], Tensor]  # (batch, target network
 
 ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
 # LoRA's factors start at zero and bear rates that wreck whole weights.
-LEARNING_RATE, FULL_LEARNING_RATE = 2.5e-4, 1e-4
+LEARNING_RATE, LOGGED_LEARNING_RATE, FULL_LEARNING_RATE = 2.5e-4, 5e-4, 1e-4
 FROM_PYTHON = "given from Python"  # the data of a run whose prompts and rewards are objects of a script
 HOLD_OUT = 5  # name of a random stream
 HELD_OUT = 64  # prompts kept from training when no evaluation prompts are given
@@ -173,7 +173,8 @@ def with_learning_rate(args: DQNConfig, lora: LoraConfig | None) -> DQNConfig:
     """The same settings with the learning rate that follows from what is tuned, where none was given."""
     if args.learning_rate is not None:
         return args
-    return args.model_copy(update={"learning_rate": FULL_LEARNING_RATE if lora is None else LEARNING_RATE})
+    of_lora = LOGGED_LEARNING_RATE if args.max_scored_completions == 0 else LEARNING_RATE
+    return args.model_copy(update={"learning_rate": FULL_LEARNING_RATE if lora is None else of_lora})
 
 
 def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
@@ -198,15 +199,16 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     scratch = Path(args.output_dir, f".replay-{rank:05d}.segment") if args.storage == "disk" else None
     vocabulary = models.vocabulary_hash(inputs.tokenizer)
     memory = PrefixReplay(args.capacity, args.gamma, args.truncated, vocabulary, scratch=scratch)
-    share = args.held_out_share if args.max_scored_completions == 0 else 0.0  # new completions need no watching
-    logged, kept = kept_apart(inputs.logged, share, stream_seed(args.seed, HOLD_OUT))
+    logged, kept, least = inputs.logged, inputs.logged[:0], 0.0
+    if logged and args.max_scored_completions == 0:  # new completions need no watching, and are better and better
+        least = memory.least_logged = least_imitated(logged, args.imitated_share)
+        logged, kept = kept_apart(logged, args.held_out_share, stream_seed(args.seed, HOLD_OUT), least)
     fill_from_log(memory, writer, logged[rank::world])
     held_out = sharpening = None
     if kept:
         held_out = HeldOut(network, mean_reward(inputs.logged), partial(accelerator.reduce, reduction="sum"))
         fill_from_log(held_out.episodes, writer, kept[rank::world])
-        rewards = {row.reward for row in inputs.logged}
-        if args.sharpened and len(rewards) == 2:
+        if args.sharpened and len(rewards := {row.reward for row in inputs.logged}) == 2:
             sharpening = Sharpening(args.sharpened, max(rewards))
     return Parts(
         accelerator=accelerator,
@@ -360,9 +362,11 @@ def sampling_rule(args: DQNConfig) -> SamplingRule:
         return replay.prioritized()
     if args.success_share == 0:
         return replay.uniform()
-    if args.success_share is None:
+    share = args.success_share
+    if share is None and args.max_scored_completions != 0:
         return replay.by_rewards(args.success_odds, args.success_half_life)
-    return replay.success_biased(args.success_share, args.success_odds, args.success_half_life)
+    share = replay.SUCCESS_SHARE if share is None else share
+    return replay.success_biased(share, args.success_odds, args.success_half_life)
 
 
 def stream_seed(seed: int, *names: int) -> int:

@@ -7,10 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from llm_dqn.dyna import Dyna
 from llm_dqn.early_stopping import HELD_OUT, PREDICTED, SHARPER
 from llm_dqn.exchange import Order
+from llm_dqn.losses import signed_weights
 from llm_dqn.overlap import Overlap
 from llm_dqn.policy import SHARP, BehaviourPolicy, sampled
 from llm_dqn.recipe import DQNConfig
@@ -89,6 +92,11 @@ class Intake(Checkpointed):
         args = self.args
         first = float(self.replay.graded) if args.negative_weight is None else args.negative_weight
         return first if args.negative_half_life is None else first * 2 ** (-self.step / args.negative_half_life)
+
+    def weights(self, advantages: Tensor, batch: PrefixBatch) -> Tensor:
+        """(B, T) what the advantage term makes of each action: nothing of logged episodes that are not imitated."""
+        imitable = torch.from_numpy(self.replay.imitable(batch.slots.cpu().numpy())).to(advantages.device)
+        return signed_weights(advantages * imitable[:, None], self.negative_weight)
 
     @property
     def budget_left(self) -> int:

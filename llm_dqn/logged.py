@@ -1,5 +1,6 @@
 """Completions that were scored elsewhere: what of them is learned from, and what is kept apart to look at."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from llm_dqn.data import LoggedRow
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.rollout import Writer, describe
 
-FEWEST = 8  # episodes that scored above the mean, held out at least
+FEWEST = 8  # episodes worth imitating, held out at least
 SPARED = 4  # times as many such episodes must there be that prompts are added to find those
 MOST = 128  # such episodes that are looked at, by all processes together
 
@@ -21,14 +22,27 @@ def mean_reward(logged: Sequence[LoggedRow]) -> float:
     return float(np.mean([row.reward for row in logged]))
 
 
-def kept_apart(logged: Sequence[LoggedRow], share: float, seed: int) -> tuple[Sequence[LoggedRow], Sequence[LoggedRow]]:
+def least_imitated(logged: Sequence[LoggedRow], share: float) -> float:
+    """The least reward above the mean that is also among the best `share` of the log; of 0 and 1 it is 1.
+
+    Who writes anew goes on from what was above the mean, and the mean rises; that of a log stays where it is.
+    """
+    rewards = np.array([row.reward for row in logged])
+    above = rewards[rewards > rewards.mean() + 1e-9]
+    return float(max(np.quantile(rewards, 1 - share, method="lower"), above.min(initial=rewards.max())))
+
+
+def kept_apart(
+    logged: Sequence[LoggedRow], share: float, seed: int, least: float = -math.inf
+) -> tuple[Sequence[LoggedRow], Sequence[LoggedRow]]:
     """(rows to learn from, rows above the mean reward that say when to stop), which have no prompt in common.
 
-    share: of the prompts that are kept apart; fewer where `MOST` good rows are found sooner, more where it takes more
-    to find `FEWEST` and these are no more than a quarter of the good ones. Else all rows are learned from.
+    least: reward that the latter must have, too. share: of the prompts that are kept apart; fewer where `MOST` good
+    rows are found sooner, more where it takes more to find `FEWEST` and these are no more than a quarter of the good
+    ones. Else all rows are learned from.
     """
     mean = mean_reward(logged) if logged else 0.0
-    good = Counter(row.prompt.text for row in logged if row.reward > mean)
+    good = Counter(row.prompt.text for row in logged if row.reward > mean and row.reward >= least)
     texts = sorted({row.prompt.text for row in logged})
     order = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
     found = np.cumsum([good[text] for text in order])
@@ -39,7 +53,7 @@ def kept_apart(logged: Sequence[LoggedRow], share: float, seed: int) -> tuple[Se
     if count in (0, len(texts)) or found[count - 1] < FEWEST:
         return logged, ()
     apart = set(order[:count])
-    kept = [row for row in logged if row.prompt.text in apart and row.reward > mean]
+    kept = [row for row in logged if row.prompt.text in apart and row.reward > mean and row.reward >= least]
     return [row for row in logged if row.prompt.text not in apart], kept
 
 

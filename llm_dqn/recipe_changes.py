@@ -56,7 +56,7 @@ REFUSED = _names(
     reward.funcs reward.weights
     dqn.q_head dqn.beta dqn.gamma dqn.backup dqn.double dqn.target dqn.prior dqn.support_top_k dqn.expectile
     dqn.truncated
-    replay.capacity replay.warm_start replay.held_out_share
+    replay.capacity replay.warm_start replay.held_out_share replay.imitated_share
     train.seed
     """
 )

@@ -290,8 +290,7 @@ class ReplaySection(Section):
     )
     sharpened: Annotated[Int, Field(ge=0)] = Field(
         default=1,
-        description="With logged data alone: own completions, the likeliest ones and never scored, beside each logged "
-        "one of a batch, where held-out successes say whether that is any good; 0 = none.",
+        description="With logged data alone: own completions, never scored, beside each logged one, while that helps.",
     )
     target_kl: Annotated[Float, Field(gt=0)] | None = Field(
         default=0.2,
@@ -321,9 +320,10 @@ class ReplaySection(Section):
         default=None, description="JSONL of prompt, completion, reward that fills the buffer before step 0."
     )
     held_out_share: Annotated[Float, Field(ge=0, lt=1)] = Field(
-        default=0.1,
-        description="With logged data alone: share of its prompts that is not learned from and says when to stop "
-        "where predicted rewards do not.",
+        default=0.1, description="With logged data alone: share of its prompts kept apart, which say when to stop."
+    )
+    imitated_share: Annotated[Float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="With logged data alone: the best share of it, above the mean, that is imitated."
     )
 
 
@@ -332,7 +332,7 @@ class TrainSection(Section):
 
     output_dir: Text = Field(description="Folder of the run: recipe, metrics, adapter, checkpoints.")
     learning_rate: Annotated[Float, Field(ge=0)] | None = Field(
-        default=None, description="Peak rate of the policy; null = 2.5e-4 for LoRA, 1e-4 when all weights are tuned."
+        default=None, description="Peak rate of the policy; null = 2.5e-4 for LoRA (log alone: 5e-4), else 1e-4."
     )
     value_learning_rate: Annotated[Float, Field(ge=0)] = Field(
         default=1.0e-3, description="Peak rate of the Q and V heads."

@@ -15,6 +15,7 @@ from llm_dqn.priority_tree import PriorityTree
 from llm_dqn.types import Episode, PrefixBatch, TokenBatch
 
 SamplingRule = Callable[["PrefixReplay", int, np.random.Generator], np.ndarray]
+SUCCESS_SHARE = 0.7  # of a batch, where nothing else is asked for
 
 
 def uniform() -> SamplingRule:
@@ -69,7 +70,7 @@ def success_biased(share: float, odds: float = math.inf, half_life: float | None
     return sample
 
 
-def by_rewards(odds: float = math.inf, half_life: float | None = None, share: float = 0.7) -> SamplingRule:
+def by_rewards(odds: float = math.inf, half_life: float | None = None, share: float = SUCCESS_SHARE) -> SamplingRule:
     """`success_biased` where rewards say right or wrong, `recent` where a judge grades (`PrefixReplay.graded`).
 
     What is right can be imitated token by token. A grade above the mean is still one among many, and those below it
@@ -98,6 +99,7 @@ def prioritized(alpha: float = 0.6, half_life: float = 1000.0) -> SamplingRule:
 
 ENDED = ("eos", "length")
 SOURCES = ("online", "logged", "imagined")
+LOGGED = SOURCES.index("logged")
 LOGPROBS = ("ref_logprobs", "behaviour_logprobs")
 SMALLEST_TOTAL = 1e-150  # of the weights in a tree, before they are computed anew in a smaller unit
 
@@ -122,6 +124,7 @@ class PrefixReplay:
     ) -> None:
         self.store = EpisodeStore(capacity, segment_size, vocabulary, scratch)
         self.capacity, self.gamma, self.truncated = capacity, gamma, truncated
+        self.least_logged: float | None = None  # reward that a logged episode must have to be imitated
         self.graded = False  # whether rewards are grades by a judge rather than right or wrong; told by the first ones
         self._forget_what_follows()
 
@@ -168,17 +171,29 @@ class PrefixReplay:
         return view
 
     def successes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Slots whose reward is above the mean, and all others; found once for all draws until episodes are added."""
+        """Slots whose reward is above the mean and that are `imitable`, and all others; found once for all draws until
+        episodes are added.
+        """
         if self._successes is None:
-            good = self.rewards > self.rewards.mean() + 1e-9
+            good = (self.rewards > self.rewards.mean() + 1e-9) & self.imitable(np.arange(len(self)))
             self._successes = np.flatnonzero(good), np.flatnonzero(~good)
         return self._successes
+
+    def imitable(self, slots: np.ndarray) -> np.ndarray:
+        """(n,) bool: false for logged episodes whose reward is below `least_logged`; these teach Q alone."""
+        if self.least_logged is None:
+            return np.ones(len(slots), dtype=bool)
+        logged = self.store.column("source")[slots] == LOGGED
+        return ~logged | (self.rewards[slots] >= self.least_logged)
 
     def faded(self, half_life: float, successes: bool = False) -> np.ndarray:
         """(k,) running sum of 2^-(age / half_life) over all episodes, or the successes; kept like them."""
         if (half_life, successes) not in self._faded:
-            versions = self.versions[self.successes()[0]] if successes else self.versions
-            self._faded[half_life, successes] = np.exp2((versions - versions.max()) / half_life).cumsum()
+            slots = self.successes()[0] if successes else np.arange(len(self))
+            ages = self.versions.max() - self.versions[slots]
+            if self.least_logged is not None:  # nothing newer is scored
+                ages[self.store.column("source")[slots] == LOGGED] = 0
+            self._faded[half_life, successes] = np.exp2(-ages / half_life).cumsum()
         return self._faded[half_life, successes]
 
     def priority_tree(self, alpha: float, half_life: float) -> PriorityTree:

@@ -22,7 +22,6 @@ from llm_dqn.judging import Judges
 from llm_dqn.launch import check_launch
 from llm_dqn.learner import Learner
 from llm_dqn.logbook import Logbook, trackers
-from llm_dqn.losses import signed_weights
 from llm_dqn.memory import learning_batch, writing_batch
 from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
@@ -252,7 +251,7 @@ class DQNTrainer(Intake):
         q = self.network.target(batch)
         returns = self.parts.returns(batch, q)
         advantages = (returns - q.values) * batch.action_mask
-        target = TDTarget(returns, advantages, signed_weights(advantages, self.negative_weight), q.taken)
+        target = TDTarget(returns, advantages, self.weights(advantages, batch), q.taken)
         return target if self.sharpening is None else self.sharpening.as_if_right(target, q, batch)
 
     def learn_from(self, batches: Sequence[PrefixBatch]) -> None:

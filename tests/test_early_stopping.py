@@ -88,7 +88,6 @@ def trained(model: str, log: Path, folder: Path, steps: int, resume: bool = Fals
         warm_start=str(log),
         max_scored_completions=0,
         max_steps=steps,
-        held_out_share=options.pop("held_out_share", 0.3),
         learning_rate=1e-2,
         updates_per_collect=4,
         max_completion_length=6,
@@ -98,6 +97,7 @@ def trained(model: str, log: Path, folder: Path, steps: int, resume: bool = Fals
         imagined=0,
         sharpened=0,
         final_eval_prompts=4,
+        **({"held_out_share": 0.3} | options),
     )
     prompts = Dataset.from_list([{"prompt": f"{number} of {LOG}"} for number in range(LOG)])
     run = DQNTrainer(model, lambda completions, **_: [0.0] * len(completions), args, prompts, peft_config=lora())
@@ -143,7 +143,7 @@ def test_where_a_judge_grades_held_out_completions_stop_nothing(tiny_llama_path,
     """What it likes need not get likelier by learning."""
     facts = [json.loads(line) for line in log.read_text().splitlines()]
     log.write_text("".join(json.dumps({**fact, "reward": place / LOG}) + "\n" for place, fact in enumerate(facts)))
-    run = trained(tiny_llama_path, log, tmp_path / "run", STEPS)
+    run = trained(tiny_llama_path, log, tmp_path / "run", STEPS, imitated_share=1.0)
     assert run.replay.graded and run.parts.held_out is not None
     assert run.step == STEPS and not run.parts.early_stopping.best
 

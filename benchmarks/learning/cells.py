@@ -63,7 +63,7 @@ class Cell:
             own = {name: self.settings[name] for name in dqn.OWN & self.settings.keys()}
             given = {name: value for name, value in self.settings.items() if name not in own}
             resolved = DQNConfig(output_dir="-", **given).model_dump()
-            logged_only = () if REGIMES[self.regime].online else ("held_out_share", "sharpened")
+            logged_only = () if REGIMES[self.regime].online else ("held_out_share", "sharpened", "imitated_share")
             facts["settings"] = own | {name: resolved[name] for name in (*DECISIVE, *logged_only)}
         return digest(facts)
 
@@ -96,7 +96,7 @@ def run(cell: Cell) -> dict[str, Any]:
     settings = for_task(cell.settings, task, kind)
     rows = task.tuning if cell.part == "tuning" else task.test
     logged = logged_rows(task)[: regime.logged] if regime.logged else []
-    started = time.time()
+    started, worked = time.time(), time.process_time()
     course = Course(task, rows, cell.marks, cell.seed)
     budget = cell.marks[-1] if regime.online else 0
     given = (task, course, settings, budget, cell.seed)
@@ -112,4 +112,5 @@ def run(cell: Cell) -> dict[str, Any]:
         facts = policy_gradients.train(kind, *given, logged, regime.stale)
     if course.marks:
         raise RuntimeError(f"{cell} ended before its marks {course.marks}")
-    return {**asdict(cell), **facts, "points": course.points, "wall": round(time.time() - started, 1)}
+    spent = {"wall": round(time.time() - started, 1), "cpu": round(time.process_time() - worked, 1)}
+    return {**asdict(cell), **facts, "points": course.points, **spent}

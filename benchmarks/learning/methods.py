@@ -19,12 +19,14 @@ Settings = Mapping[str, Any]
 class Method:
     """label: as tables name it. kind: which module trains it. grid: the configurations it is tuned over; one without
     a grid of several is measured as it is. then: what is tried beside the best of the grid, each on top of it.
+    predicts: it lives from predicted rewards and has nothing to do where they cannot be.
     """
 
     label: str
     kind: str
     grid: tuple[Settings, ...]
     then: tuple[Settings, ...] = ()
+    predicts: bool = False
 
 
 def _grid(fixed: Settings | None = None, **choices: list[Any]) -> tuple[Settings, ...]:
@@ -148,7 +150,7 @@ ONLINE = {
 
 LOGGED = {
     "ours": Method("llm_dqn, defaults", "dqn", ({},)),
-    "ours_log_alone": Method("llm_dqn, nothing imagined", "dqn", ({"imagined": 0},)),
+    "ours_log_alone": Method("llm_dqn, nothing imagined", "dqn", ({"imagined": 0},), predicts=True),
     "ours_tuned": Method(
         "llm_dqn, tuned",
         "dqn",
@@ -164,7 +166,7 @@ LOGGED = {
         "sft",
         _grid({"batch": 16, "held_out": 0.1}, learning_rate=[3e-5, 1e-4, 3e-4, 1e-3], above=[None, 0.75, 0.9]),
     ),
-    "grpo_predicted": Method("TRL GRPO, the same predicted rewards", "grpo", ONLINE["grpo"].grid),
+    "grpo_predicted": Method("TRL GRPO, the same predicted rewards", "grpo", ONLINE["grpo"].grid, predicts=True),
     "ilql": Method(
         "ILQL",
         "dqn",

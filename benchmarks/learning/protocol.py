@@ -36,6 +36,16 @@ class Plan:
         """Of `tuning`, `budget` or `reference`, what this task gets."""
         return getattr(self, kind) // TASKS[task].costs
 
+    def pairs(self) -> list[tuple[str, str]]:
+        """Tasks with the methods that take part in them."""
+        taking_part = REGIMES[self.regime].methods
+        return [
+            (task, method)
+            for task in self.tasks
+            for method in self.methods
+            if TASKS[task].predictable or not taking_part[method].predicts
+        ]
+
 
 def is_ours(method: str) -> bool:
     return method.startswith("ours")
@@ -82,8 +92,11 @@ def attempt(plan: Plan, store: Store, settings: Settings, pool: Executor | None 
     marks = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
     if not REGIMES[plan.regime].online:
         marks = doubling(25, plan.tuning)
-    places = [(task, method, seed) for task in plan.tasks for method in plan.methods for seed in range(plan.seeds)]
-    cells = [Cell(task, plan.regime, method, dict(settings), seed, "tuning", marks) for task, method, seed in places]
+    cells = [
+        Cell(task, plan.regime, method, dict(settings), seed, "tuning", marks)
+        for task, method in plan.pairs()
+        for seed in range(plan.seeds)
+    ]
     return run_missing(store, cells, pool)
 
 
@@ -122,7 +135,7 @@ def run(plan: Plan, store: Store, pool: Executor | None = None) -> dict[str, dic
 
     With a pool a method is tested as soon as it is tuned, whatever the others do.
     """
-    pairs = [(task, method) for task in plan.tasks for method in plan.methods]
+    pairs = plan.pairs()
 
     def through(pair: tuple[str, str]) -> list[Result]:
         settings = tune(plan, store, *pair, pool)
@@ -153,17 +166,16 @@ def finished(plan: Plan, store: Store) -> dict[str, dict[str, list[Result]]]:
     """As `run`, of what is in the store already; methods that are not through are left out."""
     known = store.read()
     found: dict[str, dict[str, list[Result]]] = {}
-    for task in plan.tasks:
-        for method in plan.methods:
-            tried = [known.get(cell.key) for cell in tuning_cells(plan, task, method)]
+    for task, method in plan.pairs():
+        tried = [known.get(cell.key) for cell in tuning_cells(plan, task, method)]
+        if None in tried:
+            continue
+        if tried:
+            tried += [known.get(cell.key) for cell in sharper_cells(plan, task, method, best(tried))]
             if None in tried:
                 continue
-            if tried:
-                tried += [known.get(cell.key) for cell in sharper_cells(plan, task, method, best(tried))]
-                if None in tried:
-                    continue
-            settings = best(tried) if tried else REGIMES[plan.regime].methods[method].grid[0]
-            results = [known.get(cell.key) for cell in test_cells(plan, task, method, settings)]
-            if None not in results:
-                found.setdefault(task, {})[method] = results
+        settings = best(tried) if tried else REGIMES[plan.regime].methods[method].grid[0]
+        results = [known.get(cell.key) for cell in test_cells(plan, task, method, settings)]
+        if None not in results:
+            found.setdefault(task, {})[method] = results
     return found

@@ -35,7 +35,8 @@ class Task:
     folder of the base model, built when asked for first. judge: the terminal reward. prompts: to train on, to tune on,
     to test on, no one in two of them. answers: the completions of a row that are exactly right, where they can be
     listed; their probability has no sampling noise. costs: about how many times as long as the shortest a completion
-    takes, with the updates on it; budgets are divided by it.
+    takes, with the updates on it; budgets are divided by it. predictable: the rewards of completions nobody scored can
+    be told from those of others.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     prompts: Callable[[], tuple[list[Row], list[Row], list[Row]]]
     answers: Callable[[Row], list[str]] | None = None
     costs: int = 1
+    predictable: bool = False
 
     @property
     def train(self) -> list[Row]:
@@ -172,6 +174,7 @@ TASKS = {
             lambda: _reward_model(DATA / "tiny_reward_model"),
             _reviews,
             costs=4,
+            predictable=True,
         ),
         Task(
             "paths",
@@ -182,6 +185,7 @@ TASKS = {
             lambda: graphs.optimality,
             _paths,
             graphs.shortest_paths,
+            predictable=True,
         ),
         Task(
             "star",
@@ -202,6 +206,7 @@ TASKS = {
             lambda: _reward_model(letters.LETTERS_JUDGE()),
             _letters,
             costs=4,
+            predictable=True,
         ),
         Task(
             "sorting",
@@ -212,6 +217,7 @@ TASKS = {
             lambda: unseen.places_right,
             _sorting,
             lambda row: [row["answer"]],
+            predictable=True,
         ),
         Task(
             "coins",
@@ -222,6 +228,7 @@ TASKS = {
             lambda: unseen.paid,
             _coins,
             unseen.ways,
+            predictable=True,
         ),
         Task(
             "words",
@@ -232,6 +239,7 @@ TASKS = {
             lambda: unseen.near_length,
             _reviews,
             costs=4,
+            predictable=True,
         ),
     )
 }
