@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.learning import cells, dqn, figures, graphs, letters, measure, protocol, store, sums, unseen
+from benchmarks.learning.__main__ import FULL
 from benchmarks.learning.bases import BaseRecipe, base_model
 from benchmarks.learning.course import Course
 from benchmarks.learning.fine_tuning import train_online
@@ -62,6 +63,15 @@ def test_a_detour_costs_what_it_is_longer_and_a_jump_everything():
     middle = graphs.shortest_paths({"prompt": f"{goal} {start} :"})[0].split()[0]
     back_and_forth = f"{middle} {start} {middle} {goal}"
     assert graphs.optimality([f"{goal} {start} :"] * 2, [back_and_forth, f"{goal}"]) == [0.5, 0.0]
+
+
+def test_who_lives_from_predicted_rewards_takes_part_where_they_can_be_predicted():
+    plan = replace(FULL["logged"], tasks=("sums", "paths"))
+    assert {method for task, method in plan.pairs() if task == "paths"} == set(plan.methods)
+    assert {method for task, method in plan.pairs() if task == "sums"} == {*plan.methods} - {
+        "grpo_predicted",
+        "ours_log_alone",
+    }
 
 
 def test_rewards_of_the_unseen_tasks_are_what_they_say():
