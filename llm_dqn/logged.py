@@ -14,6 +14,7 @@ from llm_dqn.rollout import Writer, describe
 
 FEWEST = 8  # episodes worth imitating, held out at least
 SPARED = 4  # times as many such episodes must there be that prompts are added to find those
+FEWEST_IMITATED = 64  # of a short log: fewer would be learned by heart
 MOST = 128  # such episodes that are looked at, by all processes together
 
 
@@ -25,10 +26,12 @@ def mean_reward(logged: Sequence[LoggedRow]) -> float:
 def least_imitated(logged: Sequence[LoggedRow], share: float) -> float:
     """The least reward above the mean that is also among the best `share` of the log; of 0 and 1 it is 1.
 
-    Who writes anew goes on from what was above the mean, and the mean rises; that of a log stays where it is.
+    Who writes anew goes on from what was above the mean, and the mean rises; that of a log stays where it is. Of a
+    short log the share is as large as `FEWEST_IMITATED` ask for.
     """
     rewards = np.array([row.reward for row in logged])
     above = rewards[rewards > rewards.mean() + 1e-9]
+    share = min(1.0, max(share, FEWEST_IMITATED / len(rewards)))
     return float(max(np.quantile(rewards, 1 - share, method="lower"), above.min(initial=rewards.max())))
 
 

@@ -18,13 +18,15 @@ from tests.test_early_stopping import rows
 @pytest.mark.parametrize(
     ("rewards", "share", "least"),
     [
-        ([0.0] * 70 + [1.0] * 30, 0.1, 1.0),
-        ([0.0] * 98 + [1.0] * 2, 0.1, 1.0),  # the best tenth would be failures for the most part
-        (list(range(100)), 0.1, 89),
-        (list(range(100)), 0.02, 97),
-        (list(range(100)), 1.0, 50),  # all above the mean
-        ([-5.0] * 50 + [-1.0] * 45 + [0.0] * 5, 0.1, -1.0),  # of equal ones all
-        ([0.0] * 10 + [5.0] * 90, 0.1, 5.0),
+        ([0.0] * 700 + [1.0] * 300, 0.1, 1.0),
+        ([0.0] * 980 + [1.0] * 20, 0.1, 1.0),  # the best tenth would be failures for the most part
+        (list(range(1000)), 0.1, 899),
+        (list(range(1000)), 0.02, 935),  # 64 at least
+        (list(range(100)), 0.1, 50),
+        (list(range(10)), 0.1, 5),
+        (list(range(1000)), 1.0, 500),  # all above the mean
+        ([-5.0] * 500 + [-1.0] * 450 + [0.0] * 50, 0.1, -1.0),  # of equal ones all
+        ([0.0] * 100 + [5.0] * 900, 0.1, 5.0),
         ([2.0] * 20, 0.1, 2.0),
     ],
 )
@@ -68,9 +70,12 @@ def test_a_log_does_not_age_where_nothing_newer_is_scored():
     assert drawn[11] > 3 * drawn[9] > 0
 
 
+LOG = 800
+
+
 def trainer(model: str, folder, budget: int | None, peft_config=None, **options) -> DQNTrainer:
     folder.mkdir()
-    log = [{"prompt": f"{number}", "completion": f" {number}", "reward": number} for number in range(40)]
+    log = [{"prompt": f"{number}", "completion": f" {number}", "reward": number} for number in range(LOG)]
     file = folder / "log.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in log))
     args = DQNConfig(
@@ -85,13 +90,13 @@ def trainer(model: str, folder, budget: int | None, peft_config=None, **options)
     return DQNTrainer(model, lambda completions, **_: [0.0] * len(completions), args, prompts, peft_config=peft_config)
 
 
-@pytest.mark.parametrize(("share", "imitated"), [(0.1, 5), (0.5, 20), (1.0, 20)])
+@pytest.mark.parametrize(("share", "imitated"), [(0.1, 81), (0.5, 400), (1.0, 400)])
 def test_the_rest_of_a_log_teaches_values_alone(tiny_llama_path, tmp_path, share, imitated):
     run = trainer(tiny_llama_path, tmp_path / "a", 0, lora(), imitated_share=share)
     batch = run.replay.batch(np.arange(len(run.replay)))
     target = run.td_target(batch)
     scored = batch.rewards.sum(1)
-    assert ((target.weights > 0).any(1) == (scored >= 40 - imitated)).all()
+    assert ((target.weights > 0).any(1) == (scored >= LOG - imitated)).all()
     last = batch.action_mask.sum(1, keepdim=True) - 1
     assert torch.equal(target.returns.gather(1, last)[:, 0], scored)
 
@@ -100,7 +105,7 @@ def test_where_new_completions_come_all_above_the_mean_counts(tiny_llama_path, t
     run = trainer(tiny_llama_path, tmp_path / "a", 64, lora())
     assert run.replay.least_logged is None
     batch = run.replay.batch(np.arange(len(run.replay)))
-    assert (run.td_target(batch).weights > 0).any(1).sum() > 20
+    assert (run.td_target(batch).weights > 0).any(1).sum() > LOG / 3
 
 
 def test_the_learning_rate_follows_from_what_is_tuned_and_from_where_completions_come(tiny_llama_path, tmp_path):
