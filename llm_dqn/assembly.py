@@ -39,7 +39,6 @@ ERRORS = {"mse": losses.squared_error, "huber": losses.huber_error}
 LEARNING_RATE, LOGGED_LEARNING_RATE, FULL_LEARNING_RATE = 2.5e-4, 5e-4, 1e-4
 FROM_PYTHON = "given from Python"  # the data of a run whose prompts and rewards are objects of a script
 HOLD_OUT = 5  # name of a random stream
-HELD_OUT = 64  # prompts kept from training when no evaluation prompts are given
 
 
 @dataclass(frozen=True)
@@ -103,57 +102,6 @@ def base_model_of(recipe: Recipe) -> PreTrainedModel:
     path, revision = facts.model_name_or_path, facts.model_revision
     how = (facts.dtype, facts.attn_implementation, facts.trust_remote_code, facts.use_safetensors)
     return models.load_causal_lm(path, revision, *how)
-
-
-def data_sources(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """Recipe key -> (source, split) of the prompts to train on and of those that are held out."""
-    facts = recipe.data
-    held_back = _beside_train(recipe, "eval", facts.eval, facts.eval_split)
-    return {"data.train": (facts.train, facts.split), **held_back}
-
-
-def source_of_test(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """The same of the test prompts, which no run looks at; empty where the recipe names none."""
-    return _beside_train(recipe, "test", recipe.data.test, recipe.data.test_split)
-
-
-def _beside_train(recipe: Recipe, name: str, source: str | None, split: str | None) -> dict[str, tuple[str, str]]:
-    facts = recipe.data
-    if source:
-        same = "train" if Path(source).is_file() else facts.split  # a single file has no other
-        return {f"data.{name}": (source, split or same)}
-    return {f"data.{name}_split": (facts.train, split)} if split else {}
-
-
-def prompts_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts) of a recipe."""
-    loaded = [_load_prompts(recipe, source, split, tokenizer) for source, split in data_sources(recipe).values()]
-    return (loaded[0], loaded[1]) if len(loaded) == 2 else held_out(loaded[0], recipe.train.seed)
-
-
-def prompts_of_test_split(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The test prompts of a recipe, which no run looks at. Raises UserError where it names none."""
-    for source, split in source_of_test(recipe).values():
-        return _load_prompts(recipe, source, split, tokenizer)
-    raise UserError("the recipe names no test prompts (data.test and data.test_split are null); give --prompts FILE")
-
-
-def _load_prompts(recipe: Recipe, source: str, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    facts = recipe.data
-    return data.load_prompts(
-        source,
-        split=split,
-        prompt_column=facts.prompt_column,
-        tokenizer=tokenizer,
-        max_prompt_length=facts.max_prompt_length,
-        too_long=facts.too_long,
-    )
-
-
-def held_out(prompts: list[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Keeps a fifth of the prompts, 64 at most, from training; too few prompts serve as both."""
-    count = min(HELD_OUT, len({prompt.text for prompt in prompts}) // 5)
-    return data.hold_out(prompts, count, seed) if count else (prompts, prompts)
 
 
 def rewards_of(recipe: Recipe) -> Rewards:
@@ -230,18 +178,32 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         returns=returns_rule(args),
         objective=objective_of(args),
         epsilon=schedules.linear(args.epsilon.start, args.epsilon.end, args.epsilon.steps),
-        notes=notes_of(args, network, len(kept)),
+        notes=notes_of(args, network, inputs.logged, kept, memory.least_logged),
     )
 
 
-def notes_of(args: DQNConfig, network: QNetwork, kept: int) -> list[str]:
-    """What the run says before it starts. kept: logged completions that say when to stop."""
+def notes_of(
+    args: DQNConfig,
+    network: QNetwork,
+    logged: Sequence[data.LoggedRow],
+    kept: Sequence[data.LoggedRow],
+    least: float | None,
+) -> list[str]:
+    """What the run says before it starts. kept: logged completions that say when to stop. least: reward that one must
+    have to be imitated, in a run on a log alone.
+    """
     notes = []
     if network.hidden_cache is not None:
         room = f"{args.hidden_cache_gb:g} GB (train.hidden_cache_gb)"
         notes.append(f"nothing in the trunk is trained: hidden states are kept, in up to {room}")
+    if least is not None:
+        best = sum(row.reward >= least for row in logged)
+        notes.append(
+            f"{best:,} of {len(logged):,} logged completions, with rewards of at least {least:g}, are imitated "
+            "(replay.imitated_share); the others teach values"
+        )
     if args.max_scored_completions == 0 and args.held_out_share > 0:
-        notes.append(f"{kept} logged successes are not learned from and say when to stop (replay.held_out_share)")
+        notes.append(f"{len(kept)} of these are not learned from and say when to stop (replay.held_out_share)")
     return notes
 
 

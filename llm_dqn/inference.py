@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from llm_dqn import data, evaluation, models
-from llm_dqn.assembly import FROM_PYTHON, prompts_of, prompts_of_test_split, rewards_of, stream_seed
+from llm_dqn.assembly import FROM_PYTHON, rewards_of, stream_seed
 from llm_dqn.errors import UserError, did_you_mean
 from llm_dqn.evaluation import Pair
 from llm_dqn.heads import saved_heads
 from llm_dqn.network import QNetwork
 from llm_dqn.opening import locate
 from llm_dqn.policy import BehaviourPolicy
+from llm_dqn.prompt_sources import prompts_of, prompts_of_test_split
 from llm_dqn.recipe import Recipe, resolve_path
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, rollout

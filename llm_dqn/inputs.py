@@ -9,8 +9,9 @@ from typing import Any
 
 from llm_dqn import data, models
 from llm_dqn.adapters import LoraConfig, lora_config
-from llm_dqn.assembly import Inputs, base_model_of, data_sources, held_out, logged_rows, rewards_of, settings_of
+from llm_dqn.assembly import Inputs, base_model_of, logged_rows, rewards_of, settings_of
 from llm_dqn.errors import UserError
+from llm_dqn.prompt_sources import data_sources, held_out
 from llm_dqn.recipe import DQNConfig, Recipe, RecipeError, mislaid, resolve_path, with_resolved_paths
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.shipped import similar_nearby

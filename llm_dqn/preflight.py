@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_dqn import data, models
 from llm_dqn.adapters import lora_config
-from llm_dqn.assembly import Inputs, base_model_of, data_sources, held_out, settings_of, source_of_test
+from llm_dqn.assembly import Inputs, base_model_of, settings_of
 from llm_dqn.errors import NotReachable, RunError, UserError
 from llm_dqn.inputs import load_prompts, reason
+from llm_dqn.prompt_sources import data_sources, held_out, source_of_test
 from llm_dqn.recipe import Problem, Recipe, mislaid, with_resolved_paths
 from llm_dqn.reward_functions import code_behind
 from llm_dqn.rewards import RewardError, RewardFunction, Rewards, load_reward

@@ -24,7 +24,7 @@ judging inputs
 assembly score_rows logbook hub replay_browser exchange
 bundle saver
 evaluation scoring checkpoint launch card opening early_stopping trust_region
-sharding logged
+sharding logged prompt_sources
 rollout strength objective dyna sharpening
 engines
 network rewards
@@ -67,6 +67,7 @@ KNOW_CONFIGURATION = {
     "overlap_worker",
     "intake",
     "cli_collect",
+    "prompt_sources",
 }
 RECIPE_FILES = {"recipe_changes", "offline", "recipe", "recipe_problems", "recipe_sections", "recipe_yaml", "shipped"}
 PURE = {"targets", "losses", "schedules", "types"}
