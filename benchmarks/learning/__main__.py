@@ -104,8 +104,9 @@ def _measure(options: argparse.Namespace, plan: Plan, store: Store, shown: str, 
     quick = options.command == "quick"
     results = protocol.finished(plan, store) if options.command == "table" else protocol.run(plan, store, pool)
     text = summary.table(plan, results, shown.replace(" table", " run"))
-    if plan.regime == "logged" and not options.unseen:
-        text = "\n".join([text, *share_of_online(results, protocol.finished(FULL["online"], store))])
+    if plan.regime == "logged":
+        online = protocol.finished(replace(FULL["online"], tasks=plan.tasks), store)
+        text = "\n".join([text, *share_of_online(results, online)])
     name = "quick" if quick else f"unseen-{plan.regime}" if options.unseen else plan.regime
     write_table(f"learning-{name}", text)
     files = summary.draw(plan, results, cache_folder("charts") if quick else RESULTS)
