@@ -255,21 +255,16 @@ class Intake(Checkpointed):
         sharpening.add([episode for part in self.processes.gather(own) for episode in part])
 
     def learned_enough(self) -> bool:
-        """In a run that learns from a log alone: whether predicted rewards, or else held-out completions, say so.
-
-        What is right gets likelier by learning; what a judge likes need not, and then nothing is known of it.
-        """
+        """In a run that learns from a log alone: whether predicted rewards, or else held-out completions, say so."""
         stopping, held_out, dyna = self.parts.early_stopping, self.parts.held_out, self.parts.dyna
         if stopping is None:
             return False
         last = self.step == self.args.max_steps
-        if self.step == 0:
-            self.see_first_rewards()  # of the log: whether they are grades must be known before the first look
         if dyna is not None and dyna.predicts:
             if last and self.step > self.collected_at:
                 self.imagine_alone()  # collections look, and after the last one there were steps
                 self.collected_at = self.step
-        elif held_out is not None and not self.replay.graded and stopping.due(self.step, last):
+        elif held_out is not None and stopping.due(self.step, last):
             with whole(self.network):
                 probability, sharper = held_out.look(self.args.per_device_train_batch_size)
             stopping.seen(self.step, HELD_OUT, probability)

@@ -14,7 +14,7 @@ from llm_dqn.rollout import Writer, describe
 
 FEWEST = 8  # episodes worth imitating, held out at least
 SPARED = 4  # times as many such episodes must there be that prompts are added to find those
-FEWEST_IMITATED = 64  # of a short log: fewer would be learned by heart
+FEWEST_IMITATED = 200  # of a short log: fewer would be learned by heart
 MOST = 128  # such episodes that are looked at, by all processes together
 
 

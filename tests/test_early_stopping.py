@@ -139,13 +139,13 @@ def test_without_held_out_prompts_a_run_learns_to_its_end(tiny_llama_path, log, 
     assert not run.parts.early_stopping.best
 
 
-def test_where_a_judge_grades_held_out_completions_stop_nothing(tiny_llama_path, log, tmp_path):
-    """What it likes need not get likelier by learning."""
+def test_where_a_judge_grades_learning_stops_as_well(tiny_llama_path, log, tmp_path):
+    """What is imitated is the best it has seen: others like that get likelier until these are known by heart."""
     facts = [json.loads(line) for line in log.read_text().splitlines()]
-    log.write_text("".join(json.dumps({**fact, "reward": place / LOG}) + "\n" for place, fact in enumerate(facts)))
-    run = trained(tiny_llama_path, log, tmp_path / "run", STEPS, imitated_share=1.0)
-    assert run.replay.graded and run.parts.held_out is not None
-    assert run.step == STEPS and not run.parts.early_stopping.best
+    grades = [{**fact, "reward": fact["reward"] + place / LOG} for place, fact in enumerate(facts)]
+    log.write_text("".join(json.dumps(fact) + "\n" for fact in grades))
+    run = trained(tiny_llama_path, log, tmp_path / "run", steps=400)
+    assert run.replay.graded and run.parts.early_stopping.best_step > 0 and run.step < 400
 
 
 def test_one_figure_begins_where_another_was_looked_at_before(tiny_llama_path, log, tmp_path):

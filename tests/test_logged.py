@@ -20,8 +20,8 @@ from tests.test_early_stopping import rows
     [
         ([0.0] * 700 + [1.0] * 300, 0.1, 1.0),
         ([0.0] * 980 + [1.0] * 20, 0.1, 1.0),  # the best tenth would be failures for the most part
-        (list(range(1000)), 0.1, 899),
-        (list(range(1000)), 0.02, 935),  # 64 at least
+        (list(range(4000)), 0.1, 3599),
+        (list(range(4000)), 0.02, 3799),  # 200 at least
         (list(range(100)), 0.1, 50),
         (list(range(10)), 0.1, 5),
         (list(range(1000)), 1.0, 500),  # all above the mean
@@ -90,7 +90,7 @@ def trainer(model: str, folder, budget: int | None, peft_config=None, **options)
     return DQNTrainer(model, lambda completions, **_: [0.0] * len(completions), args, prompts, peft_config=peft_config)
 
 
-@pytest.mark.parametrize(("share", "imitated"), [(0.1, 81), (0.5, 400), (1.0, 400)])
+@pytest.mark.parametrize(("share", "imitated"), [(0.1, 201), (0.5, 400), (1.0, 400)])
 def test_the_rest_of_a_log_teaches_values_alone(tiny_llama_path, tmp_path, share, imitated):
     run = trainer(tiny_llama_path, tmp_path / "a", 0, lora(), imitated_share=share)
     batch = run.replay.batch(np.arange(len(run.replay)))
