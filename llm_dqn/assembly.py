@@ -121,7 +121,7 @@ def with_learning_rate(args: DQNConfig, lora: LoraConfig | None) -> DQNConfig:
     """The same settings with the learning rate that follows from what is tuned, where none was given."""
     if args.learning_rate is not None:
         return args
-    of_lora = LOGGED_LEARNING_RATE if args.max_scored_completions == 0 else LEARNING_RATE
+    of_lora = LOGGED_LEARNING_RATE if args.log_alone else LEARNING_RATE
     return args.model_copy(update={"learning_rate": FULL_LEARNING_RATE if lora is None else of_lora})
 
 
@@ -147,8 +147,8 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     scratch = Path(args.output_dir, f".replay-{rank:05d}.segment") if args.storage == "disk" else None
     vocabulary = models.vocabulary_hash(inputs.tokenizer)
     memory = PrefixReplay(args.capacity, args.gamma, args.truncated, vocabulary, scratch=scratch)
-    logged, kept, least = inputs.logged, inputs.logged[:0], 0.0
-    if logged and args.max_scored_completions == 0:  # new completions need no watching, and are better and better
+    logged, kept = inputs.logged, inputs.logged[:0]
+    if logged and args.log_alone:  # new completions need no watching, and are better and better
         least = memory.least_logged = least_imitated(logged, args.imitated_share)
         logged, kept = kept_apart(logged, args.held_out_share, stream_seed(args.seed, HOLD_OUT), least)
     fill_from_log(memory, writer, logged[rank::world])
@@ -167,7 +167,7 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
         writer=writer,
         rewards=inputs.rewards,
         replay=memory,
-        early_stopping=EarlyStopping(network) if args.max_scored_completions == 0 else None,
+        early_stopping=EarlyStopping(network) if args.log_alone else None,
         held_out=held_out,
         dyna=Dyna(network, args.imagined) if args.imagined else None,
         sharpening=sharpening,
@@ -202,7 +202,7 @@ def notes_of(
             f"{best:,} of {len(logged):,} logged completions, with rewards of at least {least:g}, are imitated "
             "(replay.imitated_share); the others teach values"
         )
-    if args.max_scored_completions == 0 and args.held_out_share > 0:
+    if args.log_alone and args.held_out_share > 0:
         notes.append(f"{len(kept)} of these are not learned from and say when to stop (replay.held_out_share)")
     return notes
 
@@ -324,10 +324,9 @@ def sampling_rule(args: DQNConfig) -> SamplingRule:
         return replay.prioritized()
     if args.success_share == 0:
         return replay.uniform()
-    share = args.success_share
-    if share is None and args.max_scored_completions != 0:
+    if args.success_share is None and not args.log_alone:
         return replay.by_rewards(args.success_odds, args.success_half_life)
-    share = replay.SUCCESS_SHARE if share is None else share
+    share = replay.SUCCESS_SHARE if args.success_share is None else args.success_share
     return replay.success_biased(share, args.success_odds, args.success_half_life)
 
 

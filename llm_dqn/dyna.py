@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llm_dqn.network import QNetwork
 from llm_dqn.outcome_model import OutcomeModel
-from llm_dqn.replay import ENDED, SOURCES, PrefixReplay, collate_tokens
+from llm_dqn.replay import ENDED, IMAGINED, PrefixReplay, collate_tokens
 from llm_dqn.types import Episode, TokenBatch
 
 REMEMBERED = 2048  # newest scored episodes that predictions are learned from
@@ -25,7 +25,6 @@ TOLERATED = 2.0  # standard errors
 SURE = 2.0  # standard deviations of what is predicted
 LOOKS = 4  # collections over which it is smoothed what is surely predicted
 ROWS = 64  # episodes whose features are computed at a time
-IMAGINED = SOURCES.index("imagined")
 # Of n scored episodes: features (n, D), rewards (n,), and numbers that tell their prompts apart, prompts (n,).
 Known = dict[str, Tensor]
 

@@ -45,19 +45,19 @@ def kept_apart(
     ones. Else all rows are learned from.
     """
     mean = mean_reward(logged) if logged else 0.0
-    good = Counter(row.prompt.text for row in logged if row.reward > mean and row.reward >= least)
+    worth = [row for row in logged if row.reward > mean and row.reward >= least]
+    good = Counter(row.prompt.text for row in worth)
     texts = sorted({row.prompt.text for row in logged})
     order = [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
     found = np.cumsum([good[text] for text in order])
     fewest, most = (int(np.searchsorted(found, wanted)) + 1 for wanted in (FEWEST, MOST))
     count = min(int(len(texts) * share), most)
-    if share and sum(good.values()) >= FEWEST * SPARED:
+    if share and len(worth) >= FEWEST * SPARED:
         count = max(count, fewest)
     if count in (0, len(texts)) or found[count - 1] < FEWEST:
         return logged, ()
     apart = set(order[:count])
-    kept = [row for row in logged if row.prompt.text in apart and row.reward > mean and row.reward >= least]
-    return [row for row in logged if row.prompt.text not in apart], kept
+    return [row for row in logged if row.prompt.text not in apart], [row for row in worth if row.prompt.text in apart]
 
 
 def fill_from_log(memory: PrefixReplay, writer: Writer, logged: Sequence[LoggedRow]) -> None:

@@ -104,6 +104,11 @@ class DQNConfig(RolloutSection, RewardSection, DQNSection, ReplaySection, TrainS
 
     funcs: list[Text] = Field(default_factory=list, description="Empty in Python: the trainer is given `reward_funcs`.")
 
+    @property
+    def log_alone(self) -> bool:
+        """Whether it is learned from logged completions, and nothing new is scored."""
+        return self.max_scored_completions == 0
+
     if not TYPE_CHECKING:  # type checkers and editors see the keyword arguments that pydantic derives
 
         def __init__(self, **values: Any) -> None:

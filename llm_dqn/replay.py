@@ -99,7 +99,7 @@ def prioritized(alpha: float = 0.6, half_life: float = 1000.0) -> SamplingRule:
 
 ENDED = ("eos", "length")
 SOURCES = ("online", "logged", "imagined")
-LOGGED = SOURCES.index("logged")
+_, LOGGED, IMAGINED = range(len(SOURCES))
 LOGPROBS = ("ref_logprobs", "behaviour_logprobs")
 SMALLEST_TOTAL = 1e-150  # of the weights in a tree, before they are computed anew in a smaller unit
 

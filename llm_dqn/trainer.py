@@ -286,7 +286,7 @@ class DQNTrainer(Intake):
         others write, by a policy that is older anyway, or that collect nothing.
         """
         args = self.args
-        if args.target_kl is None or self.apart or args.max_scored_completions == 0 or self.step < self.look_at:
+        if args.target_kl is None or self.apart or args.log_alone or self.step < self.look_at:
             return False
         with whole(self.network):  # processes may have a different number of batches
             total, count = self.parts.totals(*behaviour_kl(self.network, self.replay, args.per_device_train_batch_size))
