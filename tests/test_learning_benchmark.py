@@ -196,12 +196,36 @@ def test_the_best_peer_sets_the_marks():
     # a call of a second each on top of a hundredth of a CPU second
     assert figures.spent(methods["ours"], 0.56, cost=1.0)[0] == [pytest.approx(128 * 0.36 / 0.7 * 1.01)]
     assert figures.lead(methods, "ours")[0] == pytest.approx(0.4)
+    fell_apart = methods | {"rloo": [result([0.2, 0.6, 0.0])]}
+    assert figures.thresholds(fell_apart) == figures.thresholds(methods)
 
 
 def test_tuning_compares_at_the_same_marks():
     often = result([0.3, 0.35, 0.4], ats=(32, 64, 128)) | {"settings": {"name": "often"}, "marks": (32, 64, 128)}
     seldom = result([0.4, 0.5], ats=(64, 128)) | {"settings": {"name": "seldom"}, "marks": (32, 64, 128)}
     assert protocol.best([often, seldom]) == {"name": "seldom"}
+
+
+def test_what_is_not_through_its_grid_and_seeds_is_left_out_of_tables(tmp_path):
+    plan = protocol.Plan("online", ("sums",), ("ours", "filtered"), 1, 2, tuning=64, budget=128, reference=128)
+    kept = store.Store(tmp_path / "cells.jsonl")
+
+    def add(some):
+        for number, cell in enumerate(some):
+            scores = [0.1 * number] * len(cell.marks)
+            kept.add(cell.key, result(scores, ats=cell.marks) | {"settings": cell.settings, "marks": cell.marks})
+
+    add(protocol.test_cells(plan, "sums", "ours", {}))
+    tuning = protocol.tuning_cells(plan, "sums", "filtered")
+    add(tuning)
+    assert protocol.finished(plan, kept)["sums"].keys() == {"ours"}
+    assert protocol.settled(plan, "sums", "filtered", lambda cells: None) is None
+    best = tuning[1].settings
+    add(protocol.sharper_cells(plan, "sums", "filtered", best))
+    add(protocol.test_cells(plan, "sums", "filtered", tuning[0].settings))
+    assert protocol.finished(plan, kept)["sums"].keys() == {"ours"}  # tested as it would not be chosen
+    add(protocol.test_cells(plan, "sums", "filtered", best))
+    assert protocol.finished(plan, kept)["sums"].keys() == {"ours", "filtered"}
 
 
 def test_every_tuned_method_has_twelve_configurations_to_try():

@@ -86,7 +86,7 @@ def main() -> None:
         elif options.command == "tune":
             protocol.prepare(plan)
             for task, method in plan.pairs():
-                print(task, method, dict(protocol.tune(plan, store, task, method, pool)), flush=True)
+                print(task, method, protocol.settled(plan, task, method, protocol.run_by(store, pool)), flush=True)
         else:
             _measure(options, plan, store, shown, pool)
 

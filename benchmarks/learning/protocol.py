@@ -1,7 +1,7 @@
 """What is run: tuning with the same budget for everyone, then several seeds of the chosen configuration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ from benchmarks.learning.store import Store, run_missing
 from benchmarks.learning.tasks import TASKS
 
 Result = dict[str, Any]
+Results = dict[str, dict[str, list[Result]]]  # task -> method -> seeds
+Measured = Callable[[Sequence[Cell]], list[Result] | None]  # the results of cells; None: not all of them are there
 
 
 @dataclass(frozen=True)
@@ -121,35 +123,59 @@ def test_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[C
     return [Cell(task, plan.regime, method, dict(settings), seed, "test", marks) for seed in range(plan.seeds)]
 
 
-def tune(plan: Plan, store: Store, task: str, method: str, pool: Executor | None = None) -> Settings:
-    """The configuration that the method goes on with."""
+def settled(plan: Plan, task: str, method: str, measured: Measured) -> Settings | None:
+    """The configuration that the method goes on with; None while something is missing that decides it."""
     cells = tuning_cells(plan, task, method)
     if not cells:
         return REGIMES[plan.regime].methods[method].grid[0]
-    settings = best(run_missing(store, cells, pool))
-    return best(run_missing(store, [*cells, *sharper_cells(plan, task, method, settings)], pool))
+    tried = measured(cells)
+    if tried is None:
+        return None
+    tried = measured([*cells, *sharper_cells(plan, task, method, best(tried))])
+    return None if tried is None else best(tried)
 
 
-def run(plan: Plan, store: Store, pool: Executor | None = None) -> dict[str, dict[str, list[Result]]]:
+def through(plan: Plan, task: str, method: str, measured: Measured) -> list[Result] | None:
+    """From its grid to its test results; None while something is missing."""
+    settings = settled(plan, task, method, measured)
+    return None if settings is None else measured(test_cells(plan, task, method, settings))
+
+
+def run(plan: Plan, store: Store, pool: Executor | None = None) -> Results:
     """Everything that is missing; test results by task and method.
 
     With a pool a method is tested as soon as it is tuned, whatever the others do.
     """
-    pairs = plan.pairs()
-
-    def through(pair: tuple[str, str]) -> list[Result]:
-        settings = tune(plan, store, *pair, pool)
-        return run_missing(store, test_cells(plan, *pair, settings), pool)
-
     prepare(plan)
+    pairs, measured = plan.pairs(), run_by(store, pool)
     if pool is None:
-        found = [through(pair) for pair in pairs]
-    else:
-        with ThreadPoolExecutor(len(pairs)) as threads:
-            found = list(threads.map(through, pairs))
-    results: dict[str, dict[str, list[Result]]] = {task: {} for task in plan.tasks}
+        return _by_task(pairs, [through(plan, *pair, measured) for pair in pairs])
+    with ThreadPoolExecutor(len(pairs)) as threads:
+        return _by_task(pairs, list(threads.map(lambda pair: through(plan, *pair, measured), pairs)))
+
+
+def finished(plan: Plan, store: Store) -> Results:
+    """As `run`, of what is in the store already; methods that are not through are left out."""
+    known = store.read()
+
+    def measured(cells: Sequence[Cell]) -> list[Result] | None:
+        results = [known.get(cell.key) for cell in cells]
+        return None if None in results else results
+
+    pairs = plan.pairs()
+    return _by_task(pairs, [through(plan, *pair, measured) for pair in pairs])
+
+
+def run_by(store: Store, pool: Executor | None = None) -> Measured:
+    """Has cells run that are missing."""
+    return lambda cells: run_missing(store, cells, pool)
+
+
+def _by_task(pairs: Sequence[tuple[str, str]], found: Sequence[list[Result] | None]) -> Results:
+    results: Results = {}
     for (task, method), some in zip(pairs, found, strict=True):
-        results[task][method] = some
+        if some is not None:
+            results.setdefault(task, {})[method] = some
     return results
 
 
@@ -160,22 +186,3 @@ def prepare(plan: Plan) -> None:
         TASKS[name].judge()
         if REGIMES[plan.regime].logged:
             logged_rows(TASKS[name])
-
-
-def finished(plan: Plan, store: Store) -> dict[str, dict[str, list[Result]]]:
-    """As `run`, of what is in the store already; methods that are not through are left out."""
-    known = store.read()
-    found: dict[str, dict[str, list[Result]]] = {}
-    for task, method in plan.pairs():
-        tried = [known.get(cell.key) for cell in tuning_cells(plan, task, method)]
-        if None in tried:
-            continue
-        if tried:
-            tried += [known.get(cell.key) for cell in sharper_cells(plan, task, method, best(tried))]
-            if None in tried:
-                continue
-        settings = best(tried) if tried else REGIMES[plan.regime].methods[method].grid[0]
-        results = [known.get(cell.key) for cell in test_cells(plan, task, method, settings)]
-        if None not in results:
-            found.setdefault(task, {})[method] = results
-    return found
