@@ -282,11 +282,11 @@ class DQNTrainer(Intake):
     def left_trust_region(self) -> bool:
         """Whether the policy is more than `target_kl` nats a token from the one that wrote the newest completions.
 
-        Then those of now are worth more than another update on the same few. Not asked of runs whose completions
-        others write, by a policy that is older anyway, or that collect nothing.
+        Then those of now are worth more than another update on the same few, also where others write, by a policy that
+        is older. Not asked of runs that collect nothing.
         """
         args = self.args
-        if args.target_kl is None or self.apart or args.log_alone or self.step < self.look_at:
+        if args.target_kl is None or args.log_alone or self.step < self.look_at:
             return False
         with whole(self.network):  # processes may have a different number of batches
             total, count = self.parts.totals(*behaviour_kl(self.network, self.replay, args.per_device_train_batch_size))

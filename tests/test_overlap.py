@@ -14,6 +14,7 @@ from llm_dqn.errors import StepFailed, UserError
 from llm_dqn.preflight import preflight
 from llm_dqn.recipe import RecipeError, load_recipe
 from llm_dqn.trainer import DQNTrainer
+from llm_dqn.trust_region import LOOK_STEPS
 from tests import collecting_worker as two
 from tests.faults.runs import WEIGHTS, equal_checkpoints, logged, start, wait_for
 from tests.test_trainer import metrics, trainer
@@ -102,6 +103,15 @@ def test_the_budget_is_exact_and_a_stopped_run_goes_on_exactly(judge, tmp_path):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     last = f"checkpoints/step-{5 * STEPS:06d}"
     assert equal_checkpoints(tmp_path / "cut" / last, tmp_path / "whole" / last)
+
+
+def test_a_policy_that_has_moved_asks_for_completions_earlier(judge, tmp_path):
+    """Where others write, too: their policy is older still. The budget is what it was."""
+    run = learner(tmp_path / "run", f"replay.updates_per_collect={3 * STEPS}", "replay.target_kl=1e-9")
+    run.train()
+    assert (run.step, run.scored_completions) == (5 * LOOK_STEPS, BUDGET)
+    ages = [line["replay/staleness"] for line in metrics(tmp_path / "run") if "replay/staleness" in line]
+    assert ages == [0, *[LOOK_STEPS] * 4]
 
 
 def test_a_collector_that_fails_ends_the_run_which_is_saved(judge, tmp_path, monkeypatch):
