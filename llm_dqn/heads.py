@@ -22,10 +22,14 @@ CHUNK = 1024  # positions whose vocabulary is expanded at a time; 1024 x 152k fl
 
 
 class ValueHead(nn.Module):
-    """V(s) from a hidden state: (N, H) -> (N,). Its last layer starts at zero, so V is a constant before learning."""
+    """V(s) from a hidden state: (N, H) -> (N,). Its last layer starts at zero, so V is a constant before learning.
+
+    scale: reward that an output of 1 stands for. A step of the optimizer moves outputs as far whatever rewards are.
+    """
 
     def __init__(self, hidden_size: int, width: int = 256) -> None:
         super().__init__()
+        self.scale = 1.0
         self.body = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU())
         self.out = nn.Linear(width, 1)
         nn.init.zeros_(self.out.weight)
@@ -34,12 +38,19 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, H) -> (N,) float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.out(self.body(hidden.float())).squeeze(-1)
+            return self.out(self.body(hidden.float())).squeeze(-1) * self.scale
 
     def start_at(self, value: float) -> None:
         """Makes V the constant `value`: the mean reward seen so far is the best guess before learning."""
         with torch.no_grad():
-            self.out.bias.fill_(value)
+            self.out.bias.fill_(value / self.scale)
+
+    def measure_in(self, scale: float) -> None:
+        """Another scale, and V stays what it is."""
+        with torch.no_grad():
+            for parameter in self.out.parameters():
+                parameter.mul_(self.scale / scale)
+        self.scale = scale
 
 
 class LinearQHead(nn.Module):

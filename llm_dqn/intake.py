@@ -17,6 +17,7 @@ from llm_dqn.losses import signed_weights
 from llm_dqn.overlap import Overlap
 from llm_dqn.policy import SHARP, BehaviourPolicy, sampled
 from llm_dqn.recipe import DQNConfig
+from llm_dqn.reward_scale import reward_scale
 from llm_dqn.rollout import rollout
 from llm_dqn.sharding import gathered, whole
 from llm_dqn.shared_folder import SharedFolder
@@ -144,6 +145,18 @@ class Intake(Checkpointed):
                 yield
         if self.shared is not None:
             self.shared.close()
+
+    def measure_rewards(self) -> None:
+        """Learns in a unit of what rewards differ by, from the first collection on in which they do."""
+        if self.rewards_measured:
+            return
+        everyone = self.processes.gather(self.replay.rewards.tolist())
+        scale = self.args.reward_scale or reward_scale([reward for each in everyone for reward in each])
+        if scale is not None:
+            self.network.measure_in(scale)
+            self.rewards_measured = True
+        if scale not in (None, 1.0):
+            self.logbook.say(f"rewards are learned from in units of {scale:g} (dqn.reward_scale)")
 
     def see_first_rewards(self) -> None:
         """Values start at the mean reward of the first collection, which also tells what kind of rewards these are."""

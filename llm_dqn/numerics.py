@@ -69,8 +69,8 @@ class QAlarm:
     and 0. The margin is that much again, and 10 beta, since A = beta log(pi / pi_ref) of a rare token runs ahead.
     """
 
-    def __init__(self, beta: float, say: Callable[[str], None]) -> None:
-        self.beta, self.say = beta, say
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
         self.highest = 0.0  # |reward| seen
         self._last = 0.0  # |Q| of the last alarm; the next one needs twice that
 
@@ -78,9 +78,9 @@ class QAlarm:
         """Rewards (n,) that were paid."""
         self.highest = max(self.highest, float(np.abs(rewards).max(initial=0.0)))
 
-    def look(self, step: int, q_max: float | None) -> None:
+    def look(self, step: int, q_max: float | None, beta: float) -> None:
         """Says a line when `q_max`, the largest |Q| of late, is out of reach; again only when it doubles."""
-        reach = 2 * self.highest + 10 * self.beta
+        reach = 2 * self.highest + 10 * beta
         if q_max is None or not q_max > max(reach, 2 * self._last):
             return
         self._last = q_max

@@ -34,7 +34,8 @@ class Objective:
         mask = batch.action_mask
         moved = target.weights != 0 if self.advantage_weight > 0 else torch.zeros_like(mask)
         q = network(batch, moved, self.cql_weight > 0)
-        loss = self.td_loss(q, target.returns, batch, count)
+        scale = network.reward_scale
+        loss = self.td_loss(q.in_units_of(scale), target.returns / scale, batch, count)
         if self.advantage_weight > 0:
             weights = losses.tapered(target.weights, batch.behaviour_logprobs, q.logprobs)
             policy_loss = losses.advantage_weighted_nll(q.logprobs, weights, mask, weight)

@@ -58,6 +58,7 @@ class PolicyNetwork(nn.Module):
         self.head_name = _name_of(model, models.lm_head(model))
         self.base_name = str(model.name_or_path)
         self.num_tokens, self.kind, self.beta = num_tokens, q_head, beta
+        self.reward_scale = 1.0
         self.uniform_prior, self.bf16 = uniform_prior, bf16
         self.is_base = tuned is model  # nothing is tuned: one pass answers for both policies
         self._folded = q_head == "linear" and (isinstance(lora, str) or tuned is not None)  # as `save_policy` leaves it
@@ -295,6 +296,16 @@ class PolicyNetwork(nn.Module):
             assert isinstance(head, ValueHead | LinearQHead)
             head.start_at(reward)
 
+    def measure_in(self, scale: float) -> None:
+        """Learns in this unit of reward from now on: what V moves in a step, and the price `beta` of leaving the base.
+
+        Of the lm head; a linear one learns from rewards as they are.
+        """
+        for role in ("online", "target"):
+            self._value_head(role).measure_in(scale)
+        self.beta *= scale / self.reward_scale
+        self.reward_scale = scale
+
     @torch.no_grad()
     def sync_target(self, tau: float = 1.0) -> None:
         """Target <- tau * online + (1 - tau) * target, heads and (with target: adapter) trunk."""
@@ -326,6 +337,8 @@ class PolicyNetwork(nn.Module):
         else:
             self.roles.save_with_head(folder, self.head_name, self._folded_head())
         heads = {name: value.detach().cpu().contiguous() for name, value in self.heads.state_dict().items()}
+        for name in heads.keys() & {"value.out.weight", "value.out.bias"}:
+            heads[name] = heads[name] * self.reward_scale  # whoever scores by them need not know the unit
         facts = {"q_head": self.kind, "beta": self.beta, "num_tokens": self.num_tokens, "uniform": self.uniform_prior}
         save_file(heads, folder / "q_head.safetensors", metadata={"llm_dqn": json.dumps(facts)})
 

@@ -54,8 +54,8 @@ REFUSED = _names(
     data.train data.eval data.split data.eval_split data.prompt_column data.max_prompt_length data.too_long
     rollout.max_completion_length
     reward.funcs reward.weights
-    dqn.q_head dqn.beta dqn.gamma dqn.backup dqn.double dqn.target dqn.prior dqn.support_top_k dqn.expectile
-    dqn.truncated
+    dqn.q_head dqn.beta dqn.reward_scale dqn.gamma dqn.backup dqn.double dqn.target dqn.prior dqn.support_top_k
+    dqn.expectile dqn.truncated
     replay.capacity replay.warm_start replay.held_out_share replay.imitated_share
     train.seed
     """

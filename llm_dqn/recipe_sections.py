@@ -27,9 +27,7 @@ class ModelSection(Section):
     """The language model that is fine-tuned."""
 
     model_name_or_path: Text = Field(description="Folder of a causal language model, or its Hub id.")
-    model_revision: Text | None = Field(
-        default=None, description="Branch, tag or commit on the Hub; null = the newest."
-    )
+    model_revision: Text | None = Field(default=None, description="Branch, tag or commit on the Hub; null = newest.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Precision of the frozen base weights; auto = as stored. Adapters and Q are always float32.",
@@ -201,7 +199,10 @@ class DQNSection(Section):
         description="lm: Q = V + beta * log-ratio of the tuned to the base model; linear: a new layer (textbook).",
     )
     beta: Annotated[Float, Field(gt=0)] = Field(
-        default=0.03, description="Price of leaving the base model, in reward per nat; lower = more reward, more drift."
+        default=0.03, description="Price of leaving the base model, reward_scales a nat; lower = more reward and drift."
+    )
+    reward_scale: Annotated[Float, Field(gt=0)] | None = Field(
+        default=None, description="Unit in which the lm head learns from rewards; null = the spread of the first ones."
     )
     gamma: Annotated[Float, Field(gt=0, le=1)] = Field(
         default=1.0, description="Discount a token; below 1 pays for brevity (0.99^256 = 0.08)."
@@ -209,9 +210,7 @@ class DQNSection(Section):
     backup: Literal["soft", "max"] = Field(
         default="soft", description="Value of a state: soft maximum, or maximum (textbook)."
     )
-    double: StrictBool = Field(
-        default=False, description="The online network picks, the target network values; with backup max."
-    )
+    double: StrictBool = Field(default=False, description="The online network picks, the target values; backup max.")
     n_step: Annotated[Int, Field(ge=1)] | None = Field(
         default=None, description="Tokens before the target bootstraps; 1 = textbook, null = lambda-return with lam."
     )

@@ -108,6 +108,7 @@ class DQNTrainer(Intake):
         )
         self.nonfinite = NonFiniteSteps(args.max_nonfinite_steps, say, self.logbook.last_checkpoint)
         self.attempts = Attempts()
+        self.rewards_measured = args.q_head == "linear"  # which learns from them as they are
         self.stop = StopRequest()
         self.learner = Learner(
             parts,
@@ -118,7 +119,7 @@ class DQNTrainer(Intake):
             max_grad_norm=args.max_grad_norm,
             prioritized=args.prioritized,
         )
-        self.q_alarm = QAlarm(args.beta, say)
+        self.q_alarm = QAlarm(say)
         self.writing = writing_batch(parts.writer.batch_size, say)
         agree = self.processes.agree if self.processes.world > 1 else None
         self.learning = learning_batch(args.per_device_train_batch_size, say, agree)
@@ -201,6 +202,7 @@ class DQNTrainer(Intake):
         if lacking > 0 and self.parts.totals(len(self.replay) == 0) > 0:
             said = f"{self.scored_completions} completions scored, no reward among them"
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
+        self.measure_rewards()
         if self.step == 0:
             self.see_first_rewards()
         imagined = 0  # for each scored one
@@ -366,7 +368,7 @@ class DQNTrainer(Intake):
                 facts["replay/refused"] = self.shared.refused
             line = self.logbook.write(self.step, self.scored_completions, facts)
             self.q_alarm.seen(self.replay.rewards)
-            self.q_alarm.look(self.step, line.get("train/q_max"))
+            self.q_alarm.look(self.step, line.get("train/q_max"), self.network.beta)
         if args.save_steps and self.step % args.save_steps == 0 and not last:
             self.save_checkpoint(beside=True)
 

@@ -34,6 +34,7 @@ class Checkpointed:
     collected_at: int  # the step before which was collected last
     collect_at: int  # the step before which is collected next
     look_at: int  # the step after which is looked next whether the policy left its trust region
+    rewards_measured: bool  # whether it is known in which unit rewards are learned from
     samples_drawn: int  # minibatches, by this process
     scored_completions: int  # by the rewards, over all processes; evaluation is counted apart
 
@@ -55,6 +56,8 @@ class Checkpointed:
             "look_at": self.look_at,
             "nonfinite_steps": self.nonfinite.total,
             "graded": self.replay.graded,
+            "reward_scale": self.network.reward_scale,
+            "rewards_measured": self.rewards_measured,
             "failed": sorted(self.attempts.failed),
             "recipe": self.settings,
             "scored_completions": self.scored_completions,
@@ -85,6 +88,9 @@ class Checkpointed:
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         """The reverse of `state` and `tensors`."""
+        if (scale := state.get("reward_scale", 1.0)) != self.network.reward_scale:
+            self.network.measure_in(scale)
+        self.rewards_measured = state.get("rewards_measured", True)
         try:
             if self.parts.sharded:
                 sharding.restore(self.network.checkpoint_state(), tensors["network"])

@@ -5,7 +5,7 @@ with a prompt of P tokens is token `P + t`, chosen in the state whose last token
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -137,6 +137,10 @@ class QOutput:
     def advantages(self) -> Tensor:
         """Q(s_t, a_t) - V(s_t), (B, T)."""
         return self.taken - self.values
+
+    def in_units_of(self, scale: float) -> "QOutput":
+        """Q and V of the taken actions as shares of `scale`."""
+        return replace(self, taken=self.taken / scale, values=self.values / scale)
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,10 @@ def test_case_37_q_beyond_the_reach_of_rewards_raises_an_alarm(tiny_llama_path, 
 def test_case_37_the_alarm_knows_what_rewards_can_reach():
     """Twice the largest reward is still possible; the alarm sounds beyond that, and again at twice as much."""
     said: list[str] = []
-    alarm = QAlarm(beta=0.1, say=said.append)
+    alarm = QAlarm(said.append)
     alarm.seen(np.array([0.0, -4.0]))
     for q_max in (8.5, None, float("nan"), 9.5, 18.0, 19.5):
-        alarm.look(1, q_max)
+        alarm.look(1, q_max, beta=0.1)
     assert [line.split()[5] for line in said] == ["9.5,", "19.5,"]
 
 
