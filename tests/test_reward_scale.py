@@ -24,6 +24,7 @@ def times(prompts: list[str], completions: list[str], wanted: list[str], **colum
     ("rewards", "unit"),
     [
         ([0.0] * 63 + [1.0], 1.0),  # rare success
+        ([0.0] * 30 + [1.0] * 2, 1.0),  # at the very quantile
         ([0.03, 0.4, 0.97], 1.0),
         ([0.0, 0.01], 0.0078125),
         ([-60.0] * 9 + [40.0] * 9, 128.0),

@@ -23,8 +23,7 @@ DECISIVE = (
     *("q_head", "beta", "gamma", "backup", "double", "n_step", "lam", "corrected", "loss", "target"),
     "importance_sampling_cap",
     *("target_sync_steps", "target_tau", "prior", "support_top_k", "advantage_weight", "expectile", "cql_weight"),
-    "negative_weight",
-    "imagined",
+    *("negative_weight", "imagined", "reward_scale"),
     *(
         "truncated",
         "capacity",
