@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.learning import cells, dqn, figures, graphs, letters, measure, protocol, store, sums, unseen
+from benchmarks.learning import cells, dqn, figures, graphs, hours, letters, measure, protocol, store, sums, unseen
 from benchmarks.learning.__main__ import FULL
 from benchmarks.learning.bases import BaseRecipe, base_model
 from benchmarks.learning.course import Course
@@ -226,6 +226,22 @@ def test_what_is_not_through_its_grid_and_seeds_is_left_out_of_tables(tmp_path):
     assert protocol.finished(plan, kept)["sums"].keys() == {"ours"}  # tested as it would not be chosen
     add(protocol.test_cells(plan, "sums", "filtered", best))
     assert protocol.finished(plan, kept)["sums"].keys() == {"ours", "filtered"}
+
+
+def test_hours_are_those_of_the_cells_that_are_there(tmp_path):
+    plan = protocol.Plan("online", ("sums",), ("ours", "filtered"), 2, 2, tuning=64, budget=128, reference=128)
+    kept = store.Store(tmp_path / "cells.jsonl")
+    first, second = protocol.test_cells(plan, "sums", "ours", {})
+    points = [{"at": 0, "seconds": 0.0}, {"at": 128, "seconds": 400.0}]
+    facts = {"task": "sums", "method": "ours", "part": "test", "points": points}
+    kept.add(first.key, facts | {"cpu": 600.0})  # 100 seconds a look
+    kept.add(second.key, facts)
+    known = kept.read()
+    there, missing = hours.cells_of(plan, known)
+    assert set(there) == {first.key, second.key} and missing == 2  # the two configurations of filtered SFT
+    looks = hours.measuring(list(known.values()))
+    assert [hours.seconds(one, looks) for one in known.values()] == [600.0, 600.0]
+    assert "| online | 2 | 2 | 0.33 |" in hours.table({"online": plan}, kept, "this")
 
 
 def test_every_tuned_method_has_twelve_configurations_to_try():

@@ -6,6 +6,7 @@
     python -m benchmarks.learning ablate --tasks sums       # each choice in the design against the default
     python -m benchmarks.learning try --tasks sums --methods ours --tuning 1024 --settings '{"beta": 0.1}'
     python -m benchmarks.learning bases                     # the base models alone, and what they can do
+    python -m benchmarks.learning hours                     # what all of it costs, from what is there
 
 Tables go into `benchmarks/README.md`, charts into `benchmarks/results/`, cells into `benchmarks/results/learning.jsonl`
 (of `quick`: into `benchmarks/.cache`).
@@ -18,7 +19,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.learning import ablation, protocol, summary
+from benchmarks.learning import ablation, hours, protocol, summary
 from benchmarks.learning.bases import cache_folder
 from benchmarks.learning.measure import about_base
 from benchmarks.learning.methods import REGIMES
@@ -48,7 +49,7 @@ QUICK = Plan("online", ("sums", "paths"), ("ours", "grpo", "filtered"), 2, 3, tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "try", "bases"])
+    parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "try", "bases", "hours"])
     parser.add_argument("--regime", choices=list(FULL), default="online")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     known = sorted({name for some in EVERYONE.values() for name in some})
@@ -64,6 +65,11 @@ def main() -> None:
     if options.command == "bases":
         for name in options.tasks or TASKS:
             print(name, TASKS[name].base(), about_base(TASKS[name]), flush=True)
+        return
+    if options.command == "hours":
+        text = hours.table(FULL, Store(RESULTS / "learning.jsonl"), "python -m benchmarks.learning hours")
+        write_table("learning-hours", text)
+        print(text)
         return
     quick = options.command == "quick"
     plan = QUICK if quick else FULL[options.regime]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.learning.figures import Results, interval, mean_score, needed, reached, thresholds
+from benchmarks.learning.figures import interval, mean_score, needed, reached, thresholds
 from benchmarks.learning.methods import REGIMES
-from benchmarks.learning.protocol import Plan, Result, at_mark, score
+from benchmarks.learning.protocol import Plan, Result, Results, at_mark, score
 from benchmarks.learning.verdicts import extras, verdicts
 from llm_dqn import charts
 

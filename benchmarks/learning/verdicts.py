@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning.figures import Results, geometric_mean, lead, mean_score, ratio, spent, thresholds
+from benchmarks.learning.figures import geometric_mean, lead, mean_score, ratio, spent, thresholds
 from benchmarks.learning.methods import REGIMES
-from benchmarks.learning.protocol import Plan, at_mark, is_ours, score
+from benchmarks.learning.protocol import Plan, Results, at_mark, is_ours, score
 from benchmarks.learning.search import PARTS
 
 COSTS = (0.0, 0.1, 1.0)  # seconds that a reward call takes
