@@ -288,13 +288,14 @@ def backup_rule(args: DQNConfig) -> Backup | Literal["soft"] | None:
 
 def returns_rule(args: DQNConfig) -> ReturnsRule:
     """How far a target looks ahead before it trusts the target network."""
+    lam = targets.lam_for(args.max_completion_length) if args.lam is None else args.lam
 
     def rule(batch: PrefixBatch, q: QOutput) -> Tensor:
         advantages = q.advantages if args.corrected else torch.zeros_like(q.taken)
         facts = (batch.rewards, batch.discounts, q.next_values, advantages, batch.action_mask)
         if args.n_step is not None:
             return targets.n_step_return(*facts, args.n_step)
-        return targets.lambda_return(*facts, args.lam)
+        return targets.lambda_return(*facts, lam)
 
     return rule
 

@@ -214,8 +214,8 @@ class DQNSection(Section):
     n_step: Annotated[Int, Field(ge=1)] | None = Field(
         default=None, description="Tokens before the target bootstraps; 1 = textbook, null = lambda-return with lam."
     )
-    lam: Share = Field(
-        default=0.95, description="Mixture over n of n-step returns; 1 = to the end. Used while n_step is null."
+    lam: Share | None = Field(
+        default=None, description="Mixture of n-step returns while n_step is null; 1 = to the end, null = by length."
     )
     corrected: StrictBool = Field(
         default=True,

@@ -1,13 +1,17 @@
 """Targets on hand-made numbers that make the likely mistake loud, and against exact value iteration."""
 
 import itertools
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from llm_dqn import targets
+from llm_dqn import DQNConfig, targets
+from llm_dqn.assembly import returns_rule
 from llm_dqn.losses import squared_error, td_loss
+from llm_dqn.types import QOutput
 
 NEVER = float("-inf")
 
@@ -78,6 +82,23 @@ def test_lambda_return_is_the_mixture_of_n_step_returns():
     steps = [targets.n_step_return(**ROWS, n=n) for n in (1, 2, 3)]
     mixture = (1 - lam) * (steps[0] + lam * steps[1]) + lam**2 * steps[2]
     assert torch.allclose(targets.lambda_return(**ROWS, lam=lam), mixture)
+
+
+@pytest.mark.parametrize("length", [40, 100, 1000])
+def test_a_reward_at_the_end_is_heard_at_the_first_action(length):
+    """Where V knows nothing yet: 1/e of it, however long completions are; of short ones more."""
+    zeros = torch.zeros(1, length)
+    rewards = zeros.clone()
+    rewards[0, -1] = 1.0
+    mask, discounts = torch.ones(1, length, dtype=torch.bool), torch.ones(1, length)
+    returns = targets.lambda_return(rewards, discounts, zeros, zeros, mask, targets.lam_for(length))
+    assert returns[0, 0].item() == pytest.approx(math.exp(-1), rel=0.02)
+    assert targets.lam_for(20) == targets.lam_for(5) == 0.95
+    batch = SimpleNamespace(rewards=rewards, discounts=discounts, action_mask=mask)
+    q = QOutput(zeros, zeros, zeros, zeros)
+    by_rule = returns_rule(DQNConfig(output_dir="-", max_completion_length=length))
+    given = returns_rule(DQNConfig(output_dir="-", max_completion_length=length, lam=0.5))
+    assert torch.equal(by_rule(batch, q), returns) and given(batch, q)[0, 0] < 1e-6
 
 
 def test_a_truncated_episode_bootstraps_after_its_last_action():

@@ -15,6 +15,7 @@ from benchmarks.learning.measure import write
 from benchmarks.learning.methods import REGIMES, for_task
 from benchmarks.learning.tasks import TASKS, Row, Task
 from llm_dqn import DQNConfig
+from llm_dqn.targets import lam_for
 
 LOGGED_ROWS = 2000
 # Settings of llm_dqn that decide what is learned. A key that the library gets later joins them once its default does.
@@ -62,6 +63,8 @@ class Cell:
             own = {name: self.settings[name] for name in dqn.OWN & self.settings.keys()}
             given = {name: value for name, value in self.settings.items() if name not in own}
             resolved = DQNConfig(output_dir="-", **given).model_dump()
+            if resolved["lam"] is None:
+                resolved["lam"] = lam_for(TASKS[self.task].length)
             logged_only = () if REGIMES[self.regime].online else ("held_out_share", "sharpened", "imitated_share")
             facts["settings"] = own | {name: resolved[name] for name in (*DECISIVE, *logged_only)}
         return digest(facts)
