@@ -2,6 +2,7 @@
 
     python -m benchmarks.learning quick --workers 2         # 15 minutes: 2 tasks, 2 peers, 2 seeds
     python -m benchmarks.learning run --regime online       # everything: hours; other regimes: logged, stale_8, ...
+    python -m benchmarks.learning run --long                # where the others get to with eight times as much
     python -m benchmarks.learning table --regime online     # tables and charts from what is there
     python -m benchmarks.learning ablate --tasks sums       # each choice in the design against the default
     python -m benchmarks.learning try --tasks sums --methods ours --tuning 1024 --settings '{"beta": 0.1}'
@@ -44,6 +45,9 @@ FULL = {
     "stale_8": Plan("stale_8", FEW, SHIPPED["stale_8"], 3, 6, tuning=1024, budget=2048, reference=2048),
     "stale_32": Plan("stale_32", FEW, SHIPPED["stale_32"], 3, 6, tuning=4096, budget=8192, reference=8192),
 }
+# The others go on to eight times as many completions, for the gain that is to be had in the end.
+FAR = ("sums", "rare_sums", "long_sums", "paths", "star")  # cheap enough to go that far
+LONG = Plan("online", FAR, ("ours", "grpo", "filtered", "reinforce"), 2, 12, 512, budget=2048, reference=16384)
 QUICK = Plan("online", ("sums", "paths"), ("ours", "grpo", "filtered"), 2, 3, tuning=512, budget=1024, reference=1024)
 
 
@@ -60,6 +64,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, help="instead of the full plan's")
     parser.add_argument("--workers", type=int, default=1, help="cells that run at a time, one thread each")
     parser.add_argument("--unseen", action="store_true", help="tasks on which nothing was chosen")
+    parser.add_argument("--long", action="store_true", help="online, peers with 16,384 completions, five tasks")
     parser.add_argument("--fresh", action="store_true", help="forget what the quick version has measured")
     options = parser.parse_args()
     if options.command == "bases":
@@ -72,7 +77,7 @@ def main() -> None:
         print(text)
         return
     quick = options.command == "quick"
-    plan = QUICK if quick else FULL[options.regime]
+    plan = QUICK if quick else LONG if options.long else FULL[options.regime]
     if options.unseen:
         plan = replace(plan, tasks=UNSEEN)
     for name in ("tasks", "methods", "seeds", "configurations", "tuning", "budget", "reference"):
@@ -113,9 +118,9 @@ def _measure(options: argparse.Namespace, plan: Plan, store: Store, shown: str, 
     if plan.regime == "logged":
         online = protocol.finished(replace(FULL["online"], tasks=plan.tasks), store)
         text = "\n".join([text, *share_of_online(results, online)])
-    name = "quick" if quick else f"unseen-{plan.regime}" if options.unseen else plan.regime
-    write_table(f"learning-{name}", text)
-    files = summary.draw(plan, results, cache_folder("charts") if quick else RESULTS)
+    kind = "long-" * options.long + "unseen-" * options.unseen
+    write_table("learning-quick" if quick else f"learning-{kind}{plan.regime}", text)
+    files = summary.draw(plan, results, cache_folder("charts") if quick else RESULTS, "long-" * options.long)
     print(text, *files, sep="\n")
 
 

@@ -85,8 +85,8 @@ def _row(task: str, label: str, cells: list[str], points: Sequence[dict[str, Any
     return f"| {' | '.join([task, label, *cells, *figures, *rest])} |"
 
 
-def draw(plan: Plan, results: Results, folder: Path) -> list[Path]:
-    """A chart a task: score against what was spent, mean and interval over seeds."""
+def draw(plan: Plan, results: Results, folder: Path, prefix: str = "") -> list[Path]:
+    """A chart a task: score against what was spent, mean and interval over seeds. prefix: of the files' names."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for task, methods in results.items():
@@ -105,7 +105,7 @@ def draw(plan: Plan, results: Results, folder: Path) -> list[Path]:
                 )
             )
         axis = "scored completions" if REGIMES[plan.regime].online else "updates"
-        file = folder / f"{plan.regime}-{task}.svg"
+        file = folder / f"{prefix}{plan.regime}-{task}.svg"
         picture = charts.line_chart(
             series, task, charts.Axis(f"{axis}, log2"), charts.Axis("score"), size=(640, 320), standalone=True
         )
