@@ -157,8 +157,8 @@ def _conflicts(recipe: Recipe | DQNConfig) -> Iterator[tuple[tuple[str, ...], st
         yield ("double", "backup"), "needs backup: max; a soft backup has no best token to pick"
     if s.prior == "uniform" and s.q_head != "linear":
         yield ("prior", "q_head"), "uniform needs q_head: linear; the lm head is measured against the language model"
-    if s.reward_scale is not None and s.q_head == "linear":
-        yield ("reward_scale", "q_head"), "needs q_head: lm; a linear head learns from rewards as they are"
+    if s.reward_scale not in (None, 1) and s.q_head == "linear":
+        yield ("reward_scale", "q_head"), "needs q_head: lm; a linear head learns from rewards as they are (1)"
     if s.expectile is not None and s.q_head != "linear":
         yield ("expectile", "q_head"), "needs q_head: linear; the lm head ties V to the policy (null switches this off)"
     for key, what in (("learning_starts", "start learning earlier"), ("per_device_train_batch_size", "lower that")):

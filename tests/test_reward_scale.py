@@ -96,7 +96,7 @@ def test_a_unit_can_be_given(tiny_llama_path, tmp_path):
     run.train()
     assert run.network.reward_scale == 10 and run.network.beta == pytest.approx(10 * run.args.beta)
     with pytest.raises(RecipeError, match=r"dqn.reward_scale.*needs q_head: lm"):
-        load_recipe("hello_world", ["dqn.q_head=linear"])
+        load_recipe("hello_world", ["dqn.q_head=linear", "dqn.reward_scale=2"])
     linear = trainer(tiny_llama_path, tmp_path / "linear", reward=times, q_head="linear", max_steps=2, **QUIET)
     linear.train()
     assert linear.network.reward_scale == 1 and linear.network.beta == linear.args.beta
