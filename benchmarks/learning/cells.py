@@ -63,8 +63,8 @@ class Cell:
             own = {name: self.settings[name] for name in dqn.OWN & self.settings.keys()}
             given = {name: value for name, value in self.settings.items() if name not in own}
             resolved = DQNConfig(output_dir="-", **given).model_dump()
-            if resolved["lam"] is None:
-                resolved["lam"] = lam_for(TASKS[self.task].length)
+            if resolved["lam"] is None:  # unused where n_step is given: what it was then
+                resolved["lam"] = lam_for(TASKS[self.task].length) if resolved["n_step"] is None else 0.95
             logged_only = () if REGIMES[self.regime].online else ("held_out_share", "sharpened", "imitated_share")
             facts["settings"] = own | {name: resolved[name] for name in (*DECISIVE, *logged_only)}
         return digest(facts)
