@@ -58,7 +58,6 @@ class PolicyNetwork(nn.Module):
         self.head_name = _name_of(model, models.lm_head(model))
         self.base_name = str(model.name_or_path)
         self.num_tokens, self.kind, self.beta = num_tokens, q_head, beta
-        self.reward_scale = 1.0
         self.uniform_prior, self.bf16 = uniform_prior, bf16
         self.is_base = tuned is model  # nothing is tuned: one pass answers for both policies
         self._folded = q_head == "linear" and (isinstance(lora, str) or tuned is not None)  # as `save_policy` leaves it
@@ -96,6 +95,11 @@ class PolicyNetwork(nn.Module):
         self.model = self.roles.model
         self.hidden_cache: HiddenCache | None = None
         self.to(next(model.parameters()).device)
+
+    @property
+    def reward_scale(self) -> float:
+        """The unit in which V, beta and the TD error are measured."""
+        return self._value_head("online").scale if self.kind == "lm" else 1.0
 
     @property
     def has_adapter(self) -> bool:
@@ -301,10 +305,9 @@ class PolicyNetwork(nn.Module):
 
         Of the lm head; a linear one learns from rewards as they are.
         """
+        self.beta *= scale / self.reward_scale
         for role in ("online", "target"):
             self._value_head(role).measure_in(scale)
-        self.beta *= scale / self.reward_scale
-        self.reward_scale = scale
 
     @torch.no_grad()
     def sync_target(self, tau: float = 1.0) -> None:
