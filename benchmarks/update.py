@@ -82,8 +82,7 @@ def learning(
     network = QNetwork(
         base,
         tokens,
-        q_head=args.q_head,
-        beta=args.beta,
+        assembly.head_settings(args),
         lora=lora_config(16, 32, 0.0, modules),
         target=args.target,
         backup=assembly.backup_rule(args),

@@ -17,6 +17,7 @@ from llm_dqn.adapters import LoraConfig, lora_facts
 from llm_dqn.dyna import Dyna
 from llm_dqn.early_stopping import EarlyStopping, HeldOut
 from llm_dqn.errors import UserError
+from llm_dqn.heads import HeadSettings
 from llm_dqn.launch import accelerator_for
 from llm_dqn.logged import fill_from_log, kept_apart, least_imitated, mean_reward
 from llm_dqn.network import Backup, QNetwork
@@ -207,19 +208,21 @@ def notes_of(
     return notes
 
 
+def head_settings(args: DQNConfig) -> HeadSettings:
+    """The heads of a run's network."""
+    return HeadSettings(args.q_head, args.beta, args.prior == "uniform", with_value=args.expectile is not None)
+
+
 def network_for(args: DQNConfig, inputs: Inputs, device: torch.device, target: Literal["adapter", "head"]) -> QNetwork:
     """The Q-network of a run, untrained. target: what of it lags."""
     model = inputs.model.to(device)
     return QNetwork(
         model,
         models.num_valid_tokens(model, inputs.tokenizer),
-        q_head=args.q_head,
-        beta=args.beta,
+        head_settings(args),
         lora=inputs.lora,
         target=target,
         backup=backup_rule(args),
-        needs_value_head=args.expectile is not None,
-        uniform_prior=args.prior == "uniform",
         bf16=args.bf16,
     ).to(device)
 

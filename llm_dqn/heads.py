@@ -6,8 +6,9 @@ All Q-values are float32 whatever the trunk computes in.
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -101,8 +102,32 @@ class ActingHead(nn.Module):
         return torch.cat([acting, logits[..., num_tokens:]], dim=-1)
 
 
-def saved_heads(file: Path, num_tokens: int) -> dict[str, Any]:
-    """The arguments of `QNetwork` that fit the heads in a `q_head.safetensors`; `UserError` for any other file."""
+@dataclass(frozen=True)
+class HeadSettings:
+    """What a network has on its trunk, and how that acts.
+
+    q_head: "lm", the LM's own output layer with V beside it, or "linear", the textbook head. beta: what a nat away from
+    the prior costs, in rewards. uniform_prior: a linear head acts by Q alone and the LM's output layer has no say.
+    with_value: V beside a linear head too.
+    """
+
+    q_head: Literal["lm", "linear"] = "lm"
+    beta: float = 0.1
+    uniform_prior: bool = False
+    with_value: bool = False
+
+    def build(self, hidden_size: int, num_tokens: int) -> nn.ModuleDict:
+        """The heads, as they are before learning: "q" of a linear one, "value" where there is V."""
+        heads: dict[str, nn.Module] = {}
+        if self.q_head == "linear":
+            heads["q"] = LinearQHead(hidden_size, num_tokens)
+        if self.q_head == "lm" or self.with_value:
+            heads["value"] = ValueHead(hidden_size)
+        return nn.ModuleDict(heads)
+
+
+def saved_heads(file: Path, num_tokens: int) -> HeadSettings:
+    """What the heads in a `q_head.safetensors` are; `UserError` for any other file."""
     try:
         with safe_open(file, framework="pt") as heads:
             facts = json.loads((heads.metadata() or {}).get("llm_dqn", "null"))
@@ -114,8 +139,7 @@ def saved_heads(file: Path, num_tokens: int) -> dict[str, Any]:
     if facts["num_tokens"] != num_tokens:
         raise UserError(f"{file} has Q-values of {facts['num_tokens']} tokens, the tokenizer has {num_tokens}")
     uniform = bool(facts.get("uniform", False))
-    kind, beta = facts["q_head"], float(facts["beta"])
-    return {"q_head": kind, "beta": beta, "uniform_prior": uniform, "needs_value_head": has_value}
+    return HeadSettings(facts["q_head"], float(facts["beta"]), uniform, has_value)
 
 
 def _pieces(*tensors: Tensor, size: int) -> Iterator[tuple[Tensor, ...]]:

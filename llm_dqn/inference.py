@@ -15,7 +15,7 @@ from llm_dqn import data, evaluation, models
 from llm_dqn.assembly import FROM_PYTHON, rewards_of, stream_seed
 from llm_dqn.errors import UserError, did_you_mean
 from llm_dqn.evaluation import Pair
-from llm_dqn.heads import saved_heads
+from llm_dqn.heads import HeadSettings, saved_heads
 from llm_dqn.network import QNetwork
 from llm_dqn.opening import locate
 from llm_dqn.policy import BehaviourPolicy
@@ -59,16 +59,16 @@ def open_run(run: str, max_completion_length: int | None = None, batch_size: int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, num_tokens, heads = model.to(device), models.num_valid_tokens(model, tokenizer), named.heads()
     # Without heads and recipe nothing says what a nat is worth: beta 1 leaves advantages in nats.
-    facts = saved_heads(heads, num_tokens) if heads else {"beta": recipe.dqn.beta if recipe else 1.0}
+    head = saved_heads(heads, num_tokens) if heads else HeadSettings(beta=recipe.dqn.beta if recipe else 1.0)
     whole = models.load_causal_lm(tuned).to(device) if tuned else model
     network = QNetwork(
         model,
         num_tokens,
+        head,
         lora=named.adapter,
         target="head",
         tuned=None if named.adapter else whole,
         bf16=recipe.train.bf16 if recipe else False,
-        **facts,
     )
     if heads is not None:
         network.load_heads(heads.parent)

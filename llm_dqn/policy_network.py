@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from llm_dqn import models, vocabulary
 from llm_dqn.adapters import AdapterRoles, CopyRoles, LoraConfig, Role, targets_head, targets_nothing
 from llm_dqn.errors import UserError
-from llm_dqn.heads import ActingHead, LinearQHead, ValueHead, chunk_for, reduce_states, taken_logprobs
+from llm_dqn.heads import ActingHead, HeadSettings, LinearQHead, ValueHead, chunk_for, reduce_states, taken_logprobs
 from llm_dqn.hidden_cache import HiddenCache
 from llm_dqn.numerics import denormals_are_zero
 from llm_dqn.states import action_states, completion_means, spread
@@ -33,6 +33,7 @@ class PolicyNetwork(nn.Module):
     """Online network, target network and reference policy on one base model, as far as they act.
 
     num_tokens: rows of the output layer that may be chosen; padded rows beyond them get no probability and no value.
+    head: which heads there are and how they act; by default the LM's own output layer and V.
     lora: a new adapter's settings, or the path of a saved one that only writes. None tunes all weights, and keeps
     copies of the model as reference and target; `tuned` are weights from such a run (`model` itself: none).
     bf16: the trunk runs in bfloat16 autocast; Q, targets and losses stay float32.
@@ -43,51 +44,43 @@ class PolicyNetwork(nn.Module):
         self,
         model: PreTrainedModel,
         num_tokens: int,
+        head: HeadSettings = HeadSettings(),  # noqa: B008 -- frozen
         *,
-        q_head: Literal["lm", "linear"] = "lm",
-        beta: float = 0.1,
         lora: LoraConfig | str | None = None,
         tuned: PreTrainedModel | None = None,
         target: Literal["adapter", "head"] = "adapter",
-        needs_value_head: bool = False,
-        uniform_prior: bool = False,
         bf16: bool = False,
     ) -> None:
         super().__init__()
         models.verify_head_shortcut(model)
         self.head_name = _name_of(model, models.lm_head(model))
         self.base_name = str(model.name_or_path)
-        self.num_tokens, self.kind, self.beta = num_tokens, q_head, beta
-        self.uniform_prior, self.bf16 = uniform_prior, bf16
+        self.num_tokens, self.kind, self.beta = num_tokens, head.q_head, head.beta
+        self.uniform_prior, self.bf16 = head.uniform_prior, bf16
         self.is_base = tuned is model  # nothing is tuned: one pass answers for both policies
-        self._folded = q_head == "linear" and (isinstance(lora, str) or tuned is not None)  # as `save_policy` leaves it
+        # as `save_policy` leaves it
+        self._folded = head.q_head == "linear" and (isinstance(lora, str) or tuned is not None)
         self._postprocess = models.head_postprocess(model)
         self._bend = None if _is_identity(self._postprocess) else self._postprocess
-        if q_head == "linear" and (self._bend is not None or models.lm_head(model).bias is not None):
+        if head.q_head == "linear" and (self._bend is not None or models.lm_head(model).bias is not None):
             raise UserError(
                 f"dqn.q_head: linear adds Q / beta to the logits, and {type(model).__name__} changes its logits "
                 "afterwards (softcap, scale or bias); use q_head: lm"
             )
         head_adapted, frozen = targets_head(lora, self.head_name), targets_nothing(lora)
-        if q_head == "linear" and head_adapted:
+        if head.q_head == "linear" and head_adapted:
             raise UserError(
                 f"lora.target_modules: dqn.q_head: linear is saved in place of '{self.head_name}', so that an adapter "
                 "there would be lost; take it out of the list ([] tunes the linear head alone), or use q_head: lm"
             )
-        if q_head == "lm" and frozen:
+        if head.q_head == "lm" and frozen:
             raise UserError(
                 "lora.target_modules: [] tunes nothing of the language model, and dqn.q_head: lm has no other head to "
                 f"act by; use q_head: linear, or name modules, such as [{self.head_name}]"
             )
-        if q_head == "linear" or head_adapted:
+        if head.q_head == "linear" or head_adapted:
             models.untie_head(model)
-        hidden_size = models.lm_head(model).in_features
-        heads: dict[str, nn.Module] = {}
-        if q_head == "linear":
-            heads["q"] = LinearQHead(hidden_size, num_tokens)
-        if q_head == "lm" or needs_value_head:
-            heads["value"] = ValueHead(hidden_size)
-        self.heads = nn.ModuleDict(heads)
+        self.heads = head.build(models.lm_head(model).in_features, num_tokens)
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
         self.roles = (
             CopyRoles(model, target, tuned, frozen) if lora is None or frozen else AdapterRoles(model, lora, target)
@@ -339,9 +332,11 @@ class PolicyNetwork(nn.Module):
             self.roles.save(folder)
         else:
             self.roles.save_with_head(folder, self.head_name, self._folded_head())
-        heads = {name: value.detach().cpu().contiguous() for name, value in self.heads.state_dict().items()}
-        for name in heads.keys() & {"value.out.weight", "value.out.bias"}:
-            heads[name] = heads[name] * self.reward_scale  # whoever scores by them need not know the unit
+        told = copy.deepcopy(self.heads)
+        for head in told.values():
+            if isinstance(head, ValueHead):
+                head.measure_in(1.0)  # whoever scores by it need not know the unit
+        heads = {name: value.detach().cpu().contiguous() for name, value in told.state_dict().items()}
         facts = {"q_head": self.kind, "beta": self.beta, "num_tokens": self.num_tokens, "uniform": self.uniform_prior}
         save_file(heads, folder / "q_head.safetensors", metadata={"llm_dqn": json.dumps(facts)})
 

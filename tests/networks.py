@@ -1,5 +1,6 @@
 """Small Q-networks and episodes for tests."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llm_dqn import models
 from llm_dqn.adapters import LoraConfig
+from llm_dqn.heads import HeadSettings
 from llm_dqn.network import QNetwork
 from llm_dqn.rollout import Writer
 from llm_dqn.types import Episode, Prompt
@@ -24,8 +26,9 @@ def network(path: str, seed: int = 0, **options: Any) -> QNetwork:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    options = {"lora": lora(), "beta": 0.5} | options
-    return QNetwork(model, models.num_valid_tokens(model, tokenizer), **options)
+    of_head = {field.name: options.pop(field.name) for field in fields(HeadSettings) if field.name in options}
+    head = HeadSettings(**({"beta": 0.5} | of_head))
+    return QNetwork(model, models.num_valid_tokens(model, tokenizer), head, **({"lora": lora()} | options))
 
 
 def writer(net: QNetwork, path: str, max_completion_length: int = 8) -> Writer:

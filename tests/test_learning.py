@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_dqn import losses, targets
+from llm_dqn.heads import HeadSettings
 from llm_dqn.network import QNetwork
 from llm_dqn.replay import PrefixReplay
 from llm_dqn.rollout import collate_tokens
@@ -57,7 +58,7 @@ RULES = {
 @pytest.mark.parametrize("data", ["all leaves", "base samples"])
 def test_the_lm_head_converges_to_the_soft_optimal_policy(rule, data):
     """Invariant 2 with a transformer: off-policy (every leaf equally often) and from the base model's own samples."""
-    net = QNetwork(small_model(), V, beta=BETA, lora=None)
+    net = QNetwork(small_model(), V, HeadSettings(beta=BETA), lora=None)
     log_pi, value = exact_soft_solution(net)
     tokens = collate_tokens([torch.tensor(PROMPT)] * len(LEAVES), [torch.tensor(leaf) for leaf in LEAVES])
     ref_logprobs = net.logprobs(tokens, "reference")
@@ -93,7 +94,7 @@ def test_the_lm_head_converges_to_the_soft_optimal_policy(rule, data):
 
 def test_no_reward_means_no_change():
     """Invariant 1: with R = 0 everywhere the loss is 0 at the start and stays 0."""
-    net = QNetwork(small_model(), V, beta=BETA, lora=None)
+    net = QNetwork(small_model(), V, HeadSettings(beta=BETA), lora=None)
     tokens = collate_tokens([torch.tensor(PROMPT)] * len(LEAVES), [torch.tensor(leaf) for leaf in LEAVES])
     ref_logprobs = net.logprobs(tokens, "reference")
     replay = PrefixReplay(100)

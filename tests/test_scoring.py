@@ -24,7 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lm": {},
     "linear": {"q_head": "linear"},
     "linear, uniform prior": {"q_head": "linear", "uniform_prior": True},
-    "linear, value head": {"q_head": "linear", "needs_value_head": True},
+    "linear, value head": {"q_head": "linear", "with_value": True},
     "lm, all weights": {"lora": None},
     "linear, all weights": {"q_head": "linear", "lora": None},
 }
