@@ -289,9 +289,14 @@ def backup_rule(args: DQNConfig) -> Backup | Literal["soft"] | None:
     return lambda q, prior, _: targets.hard_value(q, targets.support_mask(prior, top_k))
 
 
+def return_lambda(args: DQNConfig) -> float:
+    """`dqn.lam`, or where none is given what the length of completions asks for."""
+    return targets.lam_for(args.max_completion_length) if args.lam is None else args.lam
+
+
 def returns_rule(args: DQNConfig) -> ReturnsRule:
     """How far a target looks ahead before it trusts the target network."""
-    lam = targets.lam_for(args.max_completion_length) if args.lam is None else args.lam
+    lam = return_lambda(args)
 
     def rule(batch: PrefixBatch, q: QOutput) -> Tensor:
         advantages = q.advantages if args.corrected else torch.zeros_like(q.taken)

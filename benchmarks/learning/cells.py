@@ -15,7 +15,7 @@ from benchmarks.learning.measure import write
 from benchmarks.learning.methods import REGIMES, for_task
 from benchmarks.learning.tasks import TASKS, Row, Task
 from llm_dqn import DQNConfig
-from llm_dqn.targets import lam_for
+from llm_dqn.assembly import return_lambda
 
 LOGGED_ROWS = 2000
 # Settings of llm_dqn that decide what is learned. A key that the library gets later joins them once its default does.
@@ -62,9 +62,8 @@ class Cell:
         if REGIMES[self.regime].methods[self.method].kind == "dqn":
             own = {name: self.settings[name] for name in dqn.OWN & self.settings.keys()}
             given = {name: value for name, value in self.settings.items() if name not in own}
-            resolved = DQNConfig(output_dir="-", **given).model_dump()
-            if resolved["lam"] is None:  # unused where n_step is given: what it was then
-                resolved["lam"] = lam_for(TASKS[self.task].length) if resolved["n_step"] is None else 0.95
+            config = DQNConfig(output_dir="-", max_completion_length=TASKS[self.task].length, **given)
+            resolved = config.model_dump() | {"lam": return_lambda(config)}
             logged_only = () if REGIMES[self.regime].online else ("held_out_share", "sharpened", "imitated_share")
             facts["settings"] = own | {name: resolved[name] for name in (*DECISIVE, *logged_only)}
         return digest(facts)
