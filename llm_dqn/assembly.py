@@ -210,7 +210,7 @@ def notes_of(
 
 def head_settings(args: DQNConfig) -> HeadSettings:
     """The heads of a run's network."""
-    return HeadSettings(args.q_head, args.beta, args.prior == "uniform", with_value=args.expectile is not None)
+    return HeadSettings(args.q_head, price(args), args.prior == "uniform", with_value=args.expectile is not None)
 
 
 def network_for(args: DQNConfig, inputs: Inputs, device: torch.device, target: Literal["adapter", "head"]) -> QNetwork:
@@ -289,6 +289,11 @@ def backup_rule(args: DQNConfig) -> Backup | Literal["soft"] | None:
     return lambda q, prior, _: targets.hard_value(q, targets.support_mask(prior, top_k))
 
 
+def price(args: DQNConfig) -> float:
+    """`dqn.beta`, or where none is given what the length of completions asks for."""
+    return args.beta or targets.beta_for(args.max_completion_length)
+
+
 def return_lambda(args: DQNConfig) -> float:
     """`dqn.lam`, or where none is given what the length of completions asks for."""
     return targets.lam_for(args.max_completion_length) if args.lam is None else args.lam
@@ -310,11 +315,11 @@ def returns_rule(args: DQNConfig) -> ReturnsRule:
 
 def loss_rule(args: DQNConfig) -> LossRule:
     """How an error of Q is counted; the dueling head needs its two gradients kept apart."""
-    error_fn, cap = ERRORS[args.loss], args.importance_sampling_cap
+    error_fn, cap, beta = ERRORS[args.loss], args.importance_sampling_cap, price(args)
 
     def dueling(q: QOutput, target: Tensor, batch: PrefixBatch, count: Tensor) -> Tensor:
         weights = None if cap is None else losses.truncated_ratios(batch.behaviour_logprobs, q.logprobs, cap)
-        facts = (q.values, q.advantages, target, batch.action_mask, count, args.beta, error_fn, weights)
+        facts = (q.values, q.advantages, target, batch.action_mask, count, beta, error_fn, weights)
         return losses.dueling_td_loss(*facts)
 
     if args.q_head == "lm":

@@ -24,6 +24,7 @@ from llm_dqn.recipe import Recipe, resolve_path
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, rollout
 from llm_dqn.strength import ScaledAdvantage
+from llm_dqn.targets import beta_for
 from llm_dqn.trainer import EVALUATE
 from llm_dqn.types import Prompt
 
@@ -59,7 +60,8 @@ def open_run(run: str, max_completion_length: int | None = None, batch_size: int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, num_tokens, heads = model.to(device), models.num_valid_tokens(model, tokenizer), named.heads()
     # Without heads and recipe nothing says what a nat is worth: beta 1 leaves advantages in nats.
-    head = saved_heads(heads, num_tokens) if heads else HeadSettings(beta=recipe.dqn.beta if recipe else 1.0)
+    beta = recipe.dqn.beta or beta_for(recipe.rollout.max_completion_length) if recipe else 1.0
+    head = saved_heads(heads, num_tokens) if heads else HeadSettings(beta=beta)
     whole = models.load_causal_lm(tuned).to(device) if tuned else model
     network = QNetwork(
         model,

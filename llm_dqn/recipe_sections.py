@@ -198,8 +198,8 @@ class DQNSection(Section):
         default="lm",
         description="lm: Q = V + beta * log-ratio of the tuned to the base model; linear: a new layer (textbook).",
     )
-    beta: Annotated[Float, Field(gt=0)] = Field(
-        default=0.03, description="Price of leaving the base model, reward_scales a nat; lower = more reward and drift."
+    beta: Annotated[Float, Field(gt=0)] | None = Field(
+        default=None, description="Price of leaving the base, reward_scales a nat; low = drift; null = by length."
     )
     reward_scale: Annotated[Float, Field(gt=0)] | None = Field(
         default=None, description="Unit in which the lm head learns from rewards; null = the spread of the first ones."

@@ -296,7 +296,7 @@ def test_a_broken_recipe_is_used_as_far_as_it_goes() -> None:
     assert recipe.reward.funcs is None
     assert (recipe.rollout.epsilon.start, recipe.rollout.epsilon.end, recipe.rollout.temperature) == (1.0, 0.01, 0.5)
     assert recipe.lora is not None and (recipe.lora.r, recipe.lora.lora_alpha) == (16, 5)
-    assert recipe.dqn.beta == 0.03
+    assert recipe.dqn.beta is None
     assert [problem.key for problem in problems] == [
         "model.dtype",
         "data.train",

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import llm_dqn
+from llm_dqn.assembly import price
 from llm_dqn.recipe import RecipeError, load_recipe
 from llm_dqn.reward_scale import reward_scale
 from tests.faults.runs import FILES, QUIET, cut_at, logged
@@ -88,15 +89,15 @@ def test_nothing_is_measured_before_rewards_differ(tiny_llama_path, tmp_path):
 
     run.collect = collecting
     run.train()
-    assert seen == [1.0, 64.0] and run.network.beta == 64 * run.args.beta
+    assert seen == [1.0, 64.0] and run.network.beta == 64 * price(run.args)
 
 
 def test_a_unit_can_be_given(tiny_llama_path, tmp_path):
     run = trainer(tiny_llama_path, tmp_path / "run", max_steps=2, reward_scale=10.0, **QUIET)
     run.train()
-    assert run.network.reward_scale == 10 and run.network.beta == pytest.approx(10 * run.args.beta)
+    assert run.network.reward_scale == 10 and run.network.beta == pytest.approx(10 * price(run.args))
     with pytest.raises(RecipeError, match=r"dqn.reward_scale.*needs q_head: lm"):
         load_recipe("hello_world", ["dqn.q_head=linear", "dqn.reward_scale=2"])
     linear = trainer(tiny_llama_path, tmp_path / "linear", reward=times, q_head="linear", max_steps=2, **QUIET)
     linear.train()
-    assert linear.network.reward_scale == 1 and linear.network.beta == linear.args.beta
+    assert linear.network.reward_scale == 1 and linear.network.beta == price(linear.args)

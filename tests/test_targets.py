@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llm_dqn import DQNConfig, targets
-from llm_dqn.assembly import returns_rule
+from llm_dqn.assembly import price, returns_rule
 from llm_dqn.losses import squared_error, td_loss
 from llm_dqn.types import QOutput
 
@@ -82,6 +82,14 @@ def test_lambda_return_is_the_mixture_of_n_step_returns():
     steps = [targets.n_step_return(**ROWS, n=n) for n in (1, 2, 3)]
     mixture = (1 - lam) * (steps[0] + lam * steps[1]) + lam**2 * steps[2]
     assert torch.allclose(targets.lambda_return(**ROWS, lam=lam), mixture)
+
+
+@pytest.mark.parametrize(("length", "per_token"), [(1, 0.03), (13, 0.03), (40, 0.01), (400, 0.001)])
+def test_a_whole_completion_may_move_however_long_it_is(length, per_token):
+    """A nat at each of its tokens costs less than half a unit of reward; a price that is given holds."""
+    assert targets.beta_for(length) == pytest.approx(per_token)
+    assert price(DQNConfig(output_dir="-", max_completion_length=length)) == pytest.approx(per_token)
+    assert price(DQNConfig(output_dir="-", max_completion_length=length, beta=0.2)) == 0.2
 
 
 @pytest.mark.parametrize("length", [40, 100, 1000])
