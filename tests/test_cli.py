@@ -72,7 +72,7 @@ def test_wrong_input_is_a_message_without_traceback_and_exits_with_2(capsys: pyt
     shown = capsys.readouterr()
     assert shown.out == ""
     assert sorted(shown.err.splitlines()) == [
-        "override dqn.beta=0: expected a number above 0, got 0",
+        "override dqn.beta=0: expected a number above 0 or null, got 0",
         "override train.learning_rat=1: unknown key (got 1); did you mean learning_rate?",
     ]
 
