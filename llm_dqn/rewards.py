@@ -304,7 +304,7 @@ def _is_finite_number(value: Any) -> bool:
     if not isinstance(value, int | float):
         return False
     try:
-        return math.isfinite(value)
+        return math.isfinite(float(value))  # what it will be used as, whatever a subclass of float holds
     except OverflowError:  # an integer beyond float
         return False
 

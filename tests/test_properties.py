@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_dqn.recipe import Recipe, RecipeError, load_recipe, parse_recipe, shipped_recipes
@@ -197,6 +197,8 @@ RESULTS = st.one_of(
 
 @settings(max_examples=600, derandomize=True, deadline=None)
 @given(result=RESULTS, policy=st.sampled_from(["fail", "skip", 0.5]), thrown=st.sampled_from([None] * 9 + [KeyError]))
+@example(result=[None, None, Turncoat(0.0)], policy="fail", thrown=None)
+@example(result=[None, None, Turncoat(0.0)], policy="skip", thrown=None)
 def test_whatever_a_reward_returns_is_a_finite_number_nothing_or_a_named_error(
     result: Any, policy: Any, thrown: type[Exception] | None
 ) -> None:
