@@ -126,6 +126,9 @@ class HeadSettings:
         return nn.ModuleDict(heads)
 
 
+LM_HEAD = HeadSettings()
+
+
 def saved_heads(file: Path, num_tokens: int) -> HeadSettings:
     """What the heads in a `q_head.safetensors` are; `UserError` for any other file."""
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llm_dqn import data, evaluation, models
-from llm_dqn.assembly import FROM_PYTHON, rewards_of, stream_seed
+from llm_dqn.assembly import FROM_PYTHON, price, rewards_of, settings_of, stream_seed
 from llm_dqn.errors import UserError, did_you_mean
 from llm_dqn.evaluation import Pair
 from llm_dqn.heads import HeadSettings, saved_heads
@@ -24,7 +24,6 @@ from llm_dqn.recipe import Recipe, resolve_path
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer, rollout
 from llm_dqn.strength import ScaledAdvantage
-from llm_dqn.targets import beta_for
 from llm_dqn.trainer import EVALUATE
 from llm_dqn.types import Prompt
 
@@ -60,8 +59,10 @@ def open_run(run: str, max_completion_length: int | None = None, batch_size: int
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, num_tokens, heads = model.to(device), models.num_valid_tokens(model, tokenizer), named.heads()
     # Without heads and recipe nothing says what a nat is worth: beta 1 leaves advantages in nats.
-    beta = recipe.dqn.beta or beta_for(recipe.rollout.max_completion_length) if recipe else 1.0
-    head = saved_heads(heads, num_tokens) if heads else HeadSettings(beta=beta)
+    if heads is not None:
+        head = saved_heads(heads, num_tokens)
+    else:
+        head = HeadSettings(beta=price(settings_of(recipe)) if recipe else 1.0)
     whole = models.load_causal_lm(tuned).to(device) if tuned else model
     network = QNetwork(
         model,

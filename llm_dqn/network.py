@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from llm_dqn import models, vocabulary
 from llm_dqn.adapters import Role
-from llm_dqn.heads import HeadSettings, base_choices, logprobs_and_rank, map_states, reduce_states
+from llm_dqn.heads import LM_HEAD, HeadSettings, base_choices, logprobs_and_rank, map_states, reduce_states
 from llm_dqn.policy_network import PolicyNetwork
 from llm_dqn.states import action_states, split_values, spread, visited_states
 from llm_dqn.targets import soft_value
@@ -42,7 +42,7 @@ class QNetwork(PolicyNetwork):
         self,
         model: PreTrainedModel,
         num_tokens: int,
-        head: HeadSettings = HeadSettings(),  # noqa: B008 -- frozen
+        head: HeadSettings = LM_HEAD,
         *,
         backup: Backup | Literal["soft"] | None = None,
         **settings: Any,

@@ -19,7 +19,16 @@ from transformers import PreTrainedModel
 from llm_dqn import models, vocabulary
 from llm_dqn.adapters import AdapterRoles, CopyRoles, LoraConfig, Role, targets_head, targets_nothing
 from llm_dqn.errors import UserError
-from llm_dqn.heads import ActingHead, HeadSettings, LinearQHead, ValueHead, chunk_for, reduce_states, taken_logprobs
+from llm_dqn.heads import (
+    LM_HEAD,
+    ActingHead,
+    HeadSettings,
+    LinearQHead,
+    ValueHead,
+    chunk_for,
+    reduce_states,
+    taken_logprobs,
+)
 from llm_dqn.hidden_cache import HiddenCache
 from llm_dqn.numerics import denormals_are_zero
 from llm_dqn.states import action_states, completion_means, spread
@@ -44,7 +53,7 @@ class PolicyNetwork(nn.Module):
         self,
         model: PreTrainedModel,
         num_tokens: int,
-        head: HeadSettings = HeadSettings(),  # noqa: B008 -- frozen
+        head: HeadSettings = LM_HEAD,
         *,
         lora: LoraConfig | str | None = None,
         tuned: PreTrainedModel | None = None,
