@@ -130,7 +130,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} finds no CUDA device; benchmarks.update and .rollout measure on CPU")
     device, sizes, started = torch.device("cuda", 0), Sizes(), time.perf_counter()
-    results = {"card": torch.cuda.get_device_name(device), "measured": measure(sizes, device)}
+    results: dict[str, Any] = {"card": torch.cuda.get_device_name(device), "measured": measure(sizes, device)}
     results |= {"command": "python -m benchmarks.gpu", "machine": machine(), "sizes": asdict(sizes)}
     results["minutes"] = round((time.perf_counter() - started) / 60, 1)
     publish("gpu", results, table(results))

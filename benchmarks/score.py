@@ -124,7 +124,8 @@ def against_forward(run: str, rows: list[Row], folder: Path) -> dict[str, Any]:
         }
         order = list(works) if number % 2 == 0 else list(reversed(works))
         times = {name: works[name]() for name in order}
-        parts.append({name: vars(times[name]) for name in works} | {"completions": len(part)})
+        measured: dict[str, Any] = {name: vars(times[name]) for name in works}
+        parts.append(measured | {"completions": len(part)})
         print(run, number, {name: round(clock.cpu, 2) for name, clock in times.items()}, flush=True)
     ratios = {
         f"{other}_over_score_{kind}": [part[other][kind] / part["score"][kind] for part in parts]

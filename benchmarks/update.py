@@ -200,7 +200,8 @@ def main() -> None:
     rounds, started = options.rounds or (1 if options.quick else 3), time.perf_counter()
     measured: dict[str, Any] = {}
     for tokens in options.vocabularies:
-        measured[str(tokens)] = one = {"runs": [], "peak_bytes": {}}
+        one: dict[str, Any] = {"runs": [], "peak_bytes": {}}
+        measured[str(tokens)] = one
         for chosen in groups(tokens, options.variants or [*OURS, *PEERS], options.quick):
             taken, peaks = measure(chosen, tokens, options.layers, rounds)
             one["runs"].append(taken)

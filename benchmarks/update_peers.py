@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -68,7 +69,7 @@ def chunked_cross_entropy(model: PreTrainedModel, lora: LoraConfig) -> Step:
         hidden = model.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, use_cache=False)
         states, actions = action_states(hidden[0], tokens), tokens.actions[tokens.action_mask]
         pieces = zip(states.split(CHUNK), actions.split(CHUNK), strict=True)
-        return sum(checkpoint(piece, *part, use_reentrant=False) for part in pieces) / len(actions)  # type: ignore[return-value]
+        return sum(checkpoint(piece, *part, use_reentrant=False) for part in pieces) / len(actions)
 
     return _step([tuned], loss)
 
@@ -83,7 +84,11 @@ def naive_dqn(model: PreTrainedModel, lora: LoraConfig) -> Step:
     tuned.set_adapter("default")
 
     def loss(batch: PrefixBatch) -> Tensor:
-        given = {"input_ids": batch.tokens.input_ids, "attention_mask": batch.tokens.attention_mask, "use_cache": False}
+        given: dict[str, Any] = {
+            "input_ids": batch.tokens.input_ids,
+            "attention_mask": batch.tokens.attention_mask,
+            "use_cache": False,
+        }
         with torch.no_grad():
             tuned.base_model.set_adapter("target", inference_mode=True)
             highest = tuned(**given).logits.max(-1).values.float()

@@ -13,14 +13,14 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_dqn import models, vocabulary
-from llm_dqn.adapters import Role
+from llm_dqn.adapters import LoraConfig, Role
 from llm_dqn.heads import LM_HEAD, HeadSettings, base_choices, logprobs_and_rank, map_states, reduce_states
 from llm_dqn.policy_network import PolicyNetwork
 from llm_dqn.states import action_states, split_values, spread, visited_states
@@ -44,10 +44,13 @@ class QNetwork(PolicyNetwork):
         num_tokens: int,
         head: HeadSettings = LM_HEAD,
         *,
+        lora: LoraConfig | str | None = None,
+        tuned: PreTrainedModel | None = None,
+        target: Literal["adapter", "head"] = "adapter",
+        bf16: bool = False,
         backup: Backup | Literal["soft"] | None = None,
-        **settings: Any,
     ) -> None:
-        super().__init__(model, num_tokens, head, **settings)
+        super().__init__(model, num_tokens, head, lora=lora, tuned=tuned, target=target, bf16=bf16)
         self.backup = backup
 
     # --- what learning asks ---------------------------------------------------------------------------------------

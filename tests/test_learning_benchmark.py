@@ -1,6 +1,7 @@
 """The learning benchmark: tasks that are what they say, marks read right, runs that count what they spend."""
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.learning import __main__ as main
 from benchmarks.learning import cells, dqn, figures, graphs, hours, letters, measure, protocol, store, sums, unseen
-from benchmarks.learning.__main__ import FULL
 from benchmarks.learning.bases import BaseRecipe, base_model
 from benchmarks.learning.course import Course
 from benchmarks.learning.fine_tuning import train_online
@@ -66,7 +67,7 @@ def test_a_detour_costs_what_it_is_longer_and_a_jump_everything():
 
 
 def test_who_lives_from_predicted_rewards_takes_part_where_they_can_be_predicted():
-    plan = replace(FULL["logged"], tasks=("sums", "paths"))
+    plan = replace(main.FULL["logged"], tasks=("sums", "paths"))
     assert {method for task, method in plan.pairs() if task == "paths"} == set(plan.methods)
     assert {method for task, method in plan.pairs() if task == "sums"} == {*plan.methods} - {
         "grpo_predicted",
@@ -241,7 +242,24 @@ def test_hours_are_those_of_the_cells_that_are_there(tmp_path):
     assert set(there) == {first.key, second.key} and missing == 2  # the two configurations of filtered SFT
     looks = hours.measuring(list(known.values()))
     assert [hours.seconds(one, looks) for one in known.values()] == [600.0, 600.0]
-    assert "| online | 2 | 2 | 0.33 |" in hours.table({"online": plan}, kept, "this")
+    lines = hours.table({"online": plan, "what shares its cells": plan}, kept, "this").splitlines()
+    assert lines[-3:] == [
+        "| online | 2 | 2 | 0.33 |",
+        "| what shares its cells | 0 | 2 | 0.00 |",
+        "| all | | | 0.33 |",
+    ]
+
+
+def test_all_regimes_are_one_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["learning", "table", "--regime", "all"])
+    parts = main._parts(main._options())
+    assert {part.regime for part in parts} == set(REGIMES) and len(parts) == len(REGIMES) + 1
+    assert [main._plan(part) for part in parts if part.long] == [main.LONG]
+    assert parts[-1].shown.endswith(f"table --regime {parts[-1].regime}")  # which makes that table alone
+    for more in (["--tasks", "sums"], ["--long"]):
+        monkeypatch.setattr(sys, "argv", ["learning", "run", "--regime", "all", *more])
+        with pytest.raises(SystemExit):
+            main._options()
 
 
 def test_every_tuned_method_has_twelve_configurations_to_try():

@@ -1,9 +1,10 @@
 """Runs the learning benchmark; what is finished is not run again.
 
     python -m benchmarks.learning quick --workers 2         # 15 minutes: 2 tasks, 2 peers, 2 seeds
-    python -m benchmarks.learning run --regime online       # everything: hours; other regimes: logged, stale_8, ...
+    python -m benchmarks.learning run --regime all          # everything: hours
+    python -m benchmarks.learning run --regime online       # one part of it; the others: logged, stale_8, ...
     python -m benchmarks.learning run --long                # where the others get to with eight times as much
-    python -m benchmarks.learning table --regime online     # tables and charts from what is there
+    python -m benchmarks.learning table --regime all        # tables and charts from what is there
     python -m benchmarks.learning ablate --tasks sums       # each choice in the design against the default
     python -m benchmarks.learning try --tasks sums --methods ours --tuning 1024 --settings '{"beta": 0.1}'
     python -m benchmarks.learning bases                     # the base models alone, and what they can do
@@ -19,6 +20,7 @@ import sys
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.learning import ablation, hours, protocol, summary
 from benchmarks.learning.bases import cache_folder
@@ -49,72 +51,108 @@ FULL = {
 FAR = ("sums", "rare_sums", "long_sums", "paths", "star")  # cheap enough to go that far
 LONG = Plan("online", FAR, ("ours", "grpo", "filtered", "reinforce"), 2, 12, 512, budget=2048, reference=16384)
 QUICK = Plan("online", ("sums", "paths"), ("ours", "grpo", "filtered"), 2, 3, tuning=512, budget=1024, reference=1024)
+AMOUNTS = ("seeds", "configurations", "tuning", "budget", "reference")  # of a plan, by options
 
 
 def main() -> None:
+    options = _options()
+    if options.command == "bases":
+        for name in options.tasks or TASKS:
+            print(name, TASKS[name].base(), about_base(TASKS[name]), flush=True)
+        return
+    if options.command == "hours":
+        plans = {**FULL, "online, peers to 16,384": LONG}
+        text = hours.table(plans, Store(RESULTS / "learning.jsonl"), "python -m benchmarks.learning hours")
+        write_table("learning-hours", text)
+        print(text)
+        return
+    store = Store(cache_folder("quick.jsonl") if options.command == "quick" else RESULTS / "learning.jsonl")
+    if options.command == "quick" and options.fresh:
+        store.file.unlink(missing_ok=True)
+    with workers(options.workers) as pool:
+        for part in _parts(options):
+            _run(part, store, pool)
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "try", "bases", "hours"])
-    parser.add_argument("--regime", choices=list(FULL), default="online")
+    parser.add_argument("--regime", choices=[*FULL, "all"], default="online", help="all: each of them, and --long")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     known = sorted({name for some in EVERYONE.values() for name in some})
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=", ".join(known))
     parser.add_argument("--variants", nargs="+", choices=list(ablation.VARIANTS), metavar="NAME", help="rows of ablate")
     parser.add_argument("--settings", type=json.loads, default={}, help="of try: a configuration, as JSON")
-    for name in ("seeds", "configurations", "tuning", "budget", "reference"):
+    for name in AMOUNTS:
         parser.add_argument(f"--{name}", type=int, help="instead of the full plan's")
     parser.add_argument("--workers", type=int, default=1, help="cells that run at a time, one thread each")
     parser.add_argument("--unseen", action="store_true", help="tasks on which nothing was chosen")
     parser.add_argument("--long", action="store_true", help="online, peers with 16,384 completions, five tasks")
     parser.add_argument("--fresh", action="store_true", help="forget what the quick version has measured")
     options = parser.parse_args()
-    if options.command == "bases":
-        for name in options.tasks or TASKS:
-            print(name, TASKS[name].base(), about_base(TASKS[name]), flush=True)
-        return
-    if options.command == "hours":
-        text = hours.table(FULL, Store(RESULTS / "learning.jsonl"), "python -m benchmarks.learning hours")
-        write_table("learning-hours", text)
-        print(text)
-        return
-    quick = options.command == "quick"
-    plan = QUICK if quick else LONG if options.long else FULL[options.regime]
+    narrowed = options.unseen or options.long or options.tasks or options.methods
+    if options.regime == "all" and (options.command not in ("run", "table") or narrowed):
+        parser.error("--regime all is for run and table, and takes no --tasks, --methods, --unseen or --long")
+    options.shown = " ".join(["python -m benchmarks.learning", *(word for word in sys.argv[1:] if word != "--fresh")])
+    return options
+
+
+def _parts(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options of each part of the benchmark that is meant, as if it had been asked for by itself."""
+    if options.regime != "all":
+        return [options]
+    parts = [(regime, False) for regime in FULL]
+    parts.insert(1, ("online", True))
+    return [
+        argparse.Namespace(
+            **vars(options)
+            | {"regime": regime, "long": long}
+            | {"shown": options.shown.replace("--regime all", f"--regime {regime}" + " --long" * long)}
+        )
+        for regime, long in parts
+    ]
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    plan = QUICK if options.command == "quick" else LONG if options.long else FULL[options.regime]
     if options.unseen:
         plan = replace(plan, tasks=UNSEEN)
-    for name in ("tasks", "methods", "seeds", "configurations", "tuning", "budget", "reference"):
-        if (given := getattr(options, name)) is not None:
-            plan = replace(plan, **{name: tuple(given) if isinstance(given, list) else given})
-    store = Store(cache_folder("quick.jsonl") if quick else RESULTS / "learning.jsonl")
-    if quick and options.fresh:
-        store.file.unlink(missing_ok=True)
-    shown = " ".join(["python -m benchmarks.learning", *(word for word in sys.argv[1:] if word != "--fresh")])
-    with workers(options.workers) as pool:
-        if options.command == "ablate":
-            _ablate(options, plan, store, shown, pool)
-        elif options.command == "try":
-            for result in protocol.attempt(plan, store, options.settings, pool):
-                for point in result["points"]:
-                    print(result["task"], result["method"], result["seed"], point)
-        elif options.command == "tune":
-            protocol.prepare(plan)
-            for task, method in plan.pairs():
-                print(task, method, protocol.settled(plan, task, method, protocol.run_by(store, pool)), flush=True)
-        else:
-            _measure(options, plan, store, shown, pool)
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("tasks", "methods", *AMOUNTS)}
+    changes: dict[str, Any] = {
+        name: tuple(one) if isinstance(one, list) else one for name, one in given.items() if one is not None
+    }
+    return replace(plan, **changes)
 
 
-def _ablate(options: argparse.Namespace, plan: Plan, store: Store, shown: str, pool: Executor | None) -> None:
+def _run(options: argparse.Namespace, store: Store, pool: Executor | None) -> None:
+    plan = _plan(options)
+    if options.command == "ablate":
+        _ablate(options, plan, store, pool)
+    elif options.command == "try":
+        for result in protocol.attempt(plan, store, options.settings, pool):
+            for point in result["points"]:
+                print(result["task"], result["method"], result["seed"], point)
+    elif options.command == "tune":
+        protocol.prepare(plan)
+        for task, method in plan.pairs():
+            print(task, method, protocol.settled(plan, task, method, protocol.run_by(store, pool)), flush=True)
+    else:
+        _measure(options, plan, store, pool)
+
+
+def _ablate(options: argparse.Namespace, plan: Plan, store: Store, pool: Executor | None) -> None:
     protocol.prepare(plan)
     ablation.run(store, plan.tasks, options.variants or list(ablation.VARIANTS), plan.seeds, plan.tuning, pool)
-    text = ablation.table(store, plan.tasks, plan.seeds, plan.tuning, shown.split(" --variants")[0])
+    text = ablation.table(store, plan.tasks, plan.seeds, plan.tuning, options.shown.split(" --variants")[0])
     write_table("learning-ablation", text)
     print(text)
 
 
-def _measure(options: argparse.Namespace, plan: Plan, store: Store, shown: str, pool: Executor | None) -> None:
+def _measure(options: argparse.Namespace, plan: Plan, store: Store, pool: Executor | None) -> None:
     """Runs what is missing, of `table` nothing; writes tables and charts of what is there."""
     quick = options.command == "quick"
     results = protocol.finished(plan, store) if options.command == "table" else protocol.run(plan, store, pool)
-    text = summary.table(plan, results, shown.replace(" table", " run"))
+    text = summary.table(plan, results, options.shown.replace(" table", " run"))
     if plan.regime == "logged":
         online = protocol.finished(replace(FULL["online"], tasks=plan.tasks), store)
         text = "\n".join([text, *share_of_online(results, online)])

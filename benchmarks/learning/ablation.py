@@ -93,7 +93,7 @@ def table(store: Store, tasks: Sequence[str], seeds: int, budget: int, command: 
     ]
     for variant in VARIANTS:
         found = {task: [known.get(cell.key) for cell in cells(task, variant, seeds, budget)] for task in tasks}
-        through = {task: results for task, results in found.items() if None not in results}
+        through = {task: [one for one in results if one] for task, results in found.items() if None not in results}
         if not through:
             continue
         row = [_figures(through.get(task), place) for task in tasks for place in (0, -1)]

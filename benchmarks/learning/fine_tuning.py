@@ -84,7 +84,9 @@ def train_online(
     rewards_seen: list[float] = []
     order: list[int] = []
     writer = tuner.model if stale == 0 else copy.deepcopy(tuner.model)
-    for collection in count():
+    collections = count()
+    while True:
+        collection = next(collections)
         course.look(collection * settings["completions"], tuner.updates, lambda: tuner.model)
         if course.scored.count >= budget:
             return {}

@@ -53,7 +53,7 @@ def cells_of(plan: Plan, known: Mapping[str, Result]) -> tuple[dict[str, Result]
 
 
 def table(plans: Mapping[str, Plan], store: Store, command: str) -> str:
-    """Markdown: cells and processor hours of each regime."""
+    """Markdown: cells and processor hours of each plan; a cell that several share counts for the first."""
     known: dict[str, dict[str, Any]] = store.read()
     looks = measuring(list(known.values()))
     lines = [
@@ -64,8 +64,11 @@ def table(plans: Mapping[str, Plan], store: Store, command: str) -> str:
         "|---|---|---|---|",
     ]
     total = 0.0
+    counted: set[str] = set()
     for name, plan in plans.items():
         there, missing = cells_of(plan, known)
+        there = {key: one for key, one in there.items() if key not in counted}
+        counted |= there.keys()
         hours = sum(seconds(one, looks) for one in there.values()) / 3600
         total += hours
         lines.append(f"| {name} | {len(there)} | {missing} | {hours:.2f} |")

@@ -91,7 +91,7 @@ def tuning_cells(plan: Plan, task: str, method: str) -> list[Cell]:
 def attempt(plan: Plan, store: Store, settings: Settings, pool: Executor | None = None) -> list[Result]:
     """One configuration, of a grid or not, on the tuning prompts."""
     prepare(plan)
-    marks = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
+    marks: tuple[int, ...] = (plan.tuning // 4, plan.tuning // 2, plan.tuning)
     if not REGIMES[plan.regime].online:
         marks = doubling(25, plan.tuning)
     cells = [
@@ -149,9 +149,9 @@ def run(plan: Plan, store: Store, pool: Executor | None = None) -> Results:
     prepare(plan)
     pairs, measured = plan.pairs(), run_by(store, pool)
     if pool is None:
-        return _by_task(pairs, [through(plan, *pair, measured) for pair in pairs])
+        return _by_task(pairs, [through(plan, task, method, measured) for task, method in pairs])
     with ThreadPoolExecutor(len(pairs)) as threads:
-        return _by_task(pairs, list(threads.map(lambda pair: through(plan, *pair, measured), pairs)))
+        return _by_task(pairs, list(threads.map(lambda pair: through(plan, pair[0], pair[1], measured), pairs)))
 
 
 def finished(plan: Plan, store: Store) -> Results:
@@ -159,8 +159,8 @@ def finished(plan: Plan, store: Store) -> Results:
     known = store.read()
 
     def measured(cells: Sequence[Cell]) -> list[Result] | None:
-        results = [known.get(cell.key) for cell in cells]
-        return None if None in results else results
+        results = [known[cell.key] for cell in cells if cell.key in known]
+        return results if len(results) == len(cells) else None
 
     pairs = plan.pairs()
     return _by_task(pairs, [through(plan, *pair, measured) for pair in pairs])

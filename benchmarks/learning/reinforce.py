@@ -23,7 +23,9 @@ def train(task: Task, course: Course, settings: Mapping[str, Any], budget: int, 
     Methods that compare within a group of completions have nothing to learn from where each prompt gets one.
     """
     tuner = Tuner(task, course, settings["learning_rate"], seed)
-    size, order, seen = settings["completions"], [], []
+    size = settings["completions"]
+    order: list[Any] = []
+    seen: list[Any] = []
     while True:
         course.look(course.scored.count, tuner.updates, lambda: tuner.model)
         if course.scored.count >= budget:

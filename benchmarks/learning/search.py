@@ -94,7 +94,7 @@ def critic(
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def _at(part: float, numbers: Sequence[float]) -> float:
+def _at(part: float, numbers: Sequence[float] | np.ndarray) -> float:
     """Of numbers before each token, the one that has seen this part of the completion, its last token never."""
     return float(numbers[max(0, int(np.ceil(part * len(numbers))) - 1)])
 

@@ -13,6 +13,7 @@ from benchmarks.learning.bases import Built
 from llm_dqn.reward_model import RewardModel
 
 Row = dict[str, Any]  # `prompt`, and columns for the judge
+Parts = tuple[list[Row], list[Row], list[Row]]  # to train on, to tune on, to test on
 Judge = Callable[..., list[float]]  # called as TRL calls a reward function
 DATA = Path(__file__).parents[2] / "data"
 
@@ -45,7 +46,7 @@ class Task:
     length: int
     base: Built | Shipped
     judge: Callable[[], Judge]
-    prompts: Callable[[], tuple[list[Row], list[Row], list[Row]]]
+    prompts: Callable[[], Parts]
     answers: Callable[[Row], list[str]] | None = None
     costs: int = 1
     predictable: bool = False
@@ -63,17 +64,18 @@ class Task:
         return self.prompts()[2]
 
 
-def parted(rows: Iterator[Row], *sizes: int) -> tuple[list[Row], ...]:
+def parted(rows: Iterator[Row], train: int, tuning: int, test: int) -> Parts:
     """Lists of so many rows each; no prompt comes twice, in one of them or in two."""
+    total = train + tuning + test
     seen: dict[str, Row] = {}
     for row in rows:
         seen.setdefault(row["prompt"], row)
-        if len(seen) == sum(sizes):
+        if len(seen) == total:
             break
-    if len(seen) < sum(sizes):
-        raise ValueError(f"{sum(sizes)} different prompts are needed, there are {len(seen)}")
+    if len(seen) < total:
+        raise ValueError(f"{total} different prompts are needed, there are {len(seen)}")
     left = iter(seen.values())
-    return tuple(list(islice(left, size)) for size in sizes)
+    return list(islice(left, train)), list(islice(left, tuning)), list(islice(left, test))
 
 
 def _lines(name: str) -> list[Row]:
@@ -81,49 +83,49 @@ def _lines(name: str) -> list[Row]:
 
 
 @cache
-def _reviews() -> tuple[list[Row], ...]:
+def _reviews() -> Parts:
     rows = _lines("prompts_train.jsonl")
     return rows[:1280], rows[1280:], _lines("prompts_eval.jsonl")
 
 
 @cache
-def _sums() -> tuple[list[Row], ...]:
+def _sums() -> Parts:
     return parted(sums.rows(11, additions=(3, 5)), 4096, 256, 256)
 
 
 @cache
-def _rare_sums() -> tuple[list[Row], ...]:
+def _rare_sums() -> Parts:
     return parted(sums.rows(12, additions=(5, 6), high=(3, 4)), 4096, 256, 256)
 
 
 @cache
-def _long_sums() -> tuple[list[Row], ...]:
+def _long_sums() -> Parts:
     return parted(sums.rows(13, additions=(8, 10)), 4096, 256, 256)
 
 
 @cache
-def _paths() -> tuple[list[Row], ...]:
+def _paths() -> Parts:
     rows = list(graphs.path_rows(14))
     return parted(iter(rows), len(rows) - 2 * (len(rows) // 4), len(rows) // 4, len(rows) // 4)
 
 
 @cache
-def _star() -> tuple[list[Row], ...]:
+def _star() -> Parts:
     return parted(graphs.star_rows(15), 4096, 256, 256)
 
 
 @cache
-def _letters() -> tuple[list[Row], ...]:
+def _letters() -> Parts:
     return parted(letters.rows(16), 2048, 256, 256)
 
 
 @cache
-def _sorting() -> tuple[list[Row], ...]:
+def _sorting() -> Parts:
     return parted(unseen.sorting_rows(21), 4096, 256, 256)
 
 
 @cache
-def _coins() -> tuple[list[Row], ...]:
+def _coins() -> Parts:
     return parted(unseen.amounts(22), 87, 30, 30)
 
 

@@ -93,7 +93,9 @@ def time_table(plan: Plan, results: Results) -> list[str]:
     rows = []
     for task, methods in results.items():
         limits = thresholds(methods)
-        for method, seeds in methods.items() if limits is not None else ():
+        if limits is None:
+            continue
+        for method, seeds in methods.items():
             cells = []
             for cost in COSTS:
                 each, there = spent(seeds, limits[1], cost)
