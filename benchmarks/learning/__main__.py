@@ -55,7 +55,7 @@ AMOUNTS = ("seeds", "configurations", "tuning", "budget", "reference")  # of a p
 
 
 def main() -> None:
-    options = _options()
+    options = _options(sys.argv[1:])
     if options.command == "bases":
         for name in options.tasks or TASKS:
             print(name, TASKS[name].base(), about_base(TASKS[name]), flush=True)
@@ -70,11 +70,11 @@ def main() -> None:
     if options.command == "quick" and options.fresh:
         store.file.unlink(missing_ok=True)
     with workers(options.workers) as pool:
-        for part in _parts(options):
+        for part in _parts(sys.argv[1:]):
             _run(part, store, pool)
 
 
-def _options() -> argparse.Namespace:
+def _options(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "try", "bases", "hours"])
     parser.add_argument("--regime", choices=[*FULL, "all"], default="online", help="all: each of them, and --long")
@@ -89,27 +89,24 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--unseen", action="store_true", help="tasks on which nothing was chosen")
     parser.add_argument("--long", action="store_true", help="online, peers with 16,384 completions, five tasks")
     parser.add_argument("--fresh", action="store_true", help="forget what the quick version has measured")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     narrowed = options.unseen or options.long or options.tasks or options.methods
     if options.regime == "all" and (options.command not in ("run", "table") or narrowed):
         parser.error("--regime all is for run and table, and takes no --tasks, --methods, --unseen or --long")
-    options.shown = " ".join(["python -m benchmarks.learning", *(word for word in sys.argv[1:] if word != "--fresh")])
+    options.shown = " ".join(["python -m benchmarks.learning", *(word for word in words if word != "--fresh")])
     return options
 
 
-def _parts(options: argparse.Namespace) -> list[argparse.Namespace]:
+def _parts(words: list[str]) -> list[argparse.Namespace]:
     """The options of each part of the benchmark that is meant, as if it had been asked for by itself."""
+    options = _options(words)
     if options.regime != "all":
         return [options]
-    parts = [(regime, False) for regime in FULL]
-    parts.insert(1, ("online", True))
+    parts: list[tuple[str, list[str]]] = [(regime, []) for regime in FULL]
+    parts.insert(1, ("online", ["--long"]))
     return [
-        argparse.Namespace(
-            **vars(options)
-            | {"regime": regime, "long": long}
-            | {"shown": options.shown.replace("--regime all", f"--regime {regime}" + " --long" * long)}
-        )
-        for regime, long in parts
+        _options([word.replace("all", regime) if word in ("all", "--regime=all") else word for word in words] + more)
+        for regime, more in parts
     ]
 
 

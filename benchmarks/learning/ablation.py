@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.learning.cells import Cell
 from benchmarks.learning.methods import TEXTBOOK
 from benchmarks.learning.protocol import score
-from benchmarks.learning.store import Store, run_missing
+from benchmarks.learning.store import Store, among, run_missing
 
 HALF = {"updates_per_collect": 16, "target_sync_steps": 32}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -92,8 +92,8 @@ def table(store: Store, tasks: Sequence[str], seeds: int, budget: int, command: 
         "|" + "---|" * len(heads),
     ]
     for variant in VARIANTS:
-        found = {task: [known.get(cell.key) for cell in cells(task, variant, seeds, budget)] for task in tasks}
-        through = {task: [one for one in results if one] for task, results in found.items() if None not in results}
+        found = {task: among(known, cells(task, variant, seeds, budget)) for task in tasks}
+        through = {task: results for task, results in found.items() if results is not None}
         if not through:
             continue
         row = [_figures(through.get(task), place) for task in tasks for place in (0, -1)]

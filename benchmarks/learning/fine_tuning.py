@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -84,13 +83,11 @@ def train_online(
     rewards_seen: list[float] = []
     order: list[int] = []
     writer = tuner.model if stale == 0 else copy.deepcopy(tuner.model)
-    collections = count()
     while True:
-        collection = next(collections)
-        course.look(collection * settings["completions"], tuner.updates, lambda: tuner.model)
+        course.look(course.scored.count, tuner.updates, lambda: tuner.model)
         if course.scored.count >= budget:
             return {}
-        if collection == 0 and logged:
+        if not rewards_seen and logged:
             for _ in range(settings["logged_updates"]):
                 tuner.step(memory[0], settings["batch"])
         if stale and course.scored.count % stale == 0:
@@ -99,7 +96,7 @@ def train_online(
         for _ in range(settings["completions"] // settings["of_each"]):
             order = order or tuner.rng.permutation(len(task.train)).tolist()
             rows += [task.train[order.pop()]] * settings["of_each"]
-        heat = settings.get("temperature", 1.0) if collection else 1.0
+        heat = settings.get("temperature", 1.0) if rewards_seen else 1.0
         written = write(writer, tuner.tokenizer, [row["prompt"] for row in rows], task.length, temperature=heat)
         rewards = judged(course, rows, written)
         rewards_seen += rewards

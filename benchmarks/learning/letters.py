@@ -65,7 +65,8 @@ def body(rng: random.Random, item: str, polite: float) -> tuple[list[str], list[
     """Sentences of a letter, and of each whether it is polite; None where it is neither."""
     # A letter begins with what happened and leans to one side: it is more of one mood than chance would make it.
     leaning = rng.betavariate(2 * polite, 2 * (1 - polite))
-    sentences, moods = [f"is {rng.choice(FAULTS)} ."], list[bool | None]([None])
+    sentences = [f"is {rng.choice(FAULTS)} ."]
+    moods: list[bool | None] = [None]
     for _ in range(rng.randint(*SENTENCES)):
         mood = None if rng.random() < 0.35 else rng.random() < leaning
         kind = NEUTRAL if mood is None else POLITE if mood else RUDE

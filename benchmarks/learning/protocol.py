@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.learning.cells import Cell, logged_rows
 from benchmarks.learning.methods import REGIMES, Settings
-from benchmarks.learning.store import Store, run_missing
+from benchmarks.learning.store import Store, among, run_missing
 from benchmarks.learning.tasks import TASKS
 
 Result = dict[str, Any]
@@ -156,14 +157,9 @@ def run(plan: Plan, store: Store, pool: Executor | None = None) -> Results:
 
 def finished(plan: Plan, store: Store) -> Results:
     """As `run`, of what is in the store already; methods that are not through are left out."""
-    known = store.read()
-
-    def measured(cells: Sequence[Cell]) -> list[Result] | None:
-        results = [known[cell.key] for cell in cells if cell.key in known]
-        return results if len(results) == len(cells) else None
-
+    measured = partial(among, store.read())
     pairs = plan.pairs()
-    return _by_task(pairs, [through(plan, *pair, measured) for pair in pairs])
+    return _by_task(pairs, [through(plan, task, method, measured) for task, method in pairs])
 
 
 def run_by(store: Store, pool: Executor | None = None) -> Measured:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +37,12 @@ class Store:
             out.write(json.dumps({"key": key, **result}) + "\n")
             out.flush()
             os.fsync(out.fileno())
+
+
+def among(known: Mapping[str, dict[str, Any]], cells: Sequence[Cell]) -> list[dict[str, Any]] | None:
+    """The results of cells, in order; None where not all of them are known."""
+    keys = [cell.key for cell in cells]
+    return [known[key] for key in keys] if set(keys) <= known.keys() else None
 
 
 @contextmanager
