@@ -268,11 +268,15 @@ def test_case_06_a_full_tmpfs(tmp_path: Path, beside: bool) -> None:
 def test_case_06_the_run_ends_with_one_sentence(tiny_llama_path: str, tmp_path: Path) -> None:
     """Exit code 1, no traceback; `--resume` then goes on from the checkpoint before."""
     (tmp_path / "judge.py").write_text(
-        "import resource\n"
-        "calls = []\n"
+        "import pathlib, resource, time\n"
+        f"whole, calls = pathlib.Path({str(tmp_path / 'run' / 'checkpoints' / 'step-000004')!r}), []\n"
         "def judge(completions, **columns):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 3:  # from here on no file may have more than 20 kB\n"
+        "    if len(calls) == 3:  # once the save that goes on beside has ended no file may have more than 20 kB\n"
+        "        for _ in range(600):\n"
+        "            if whole.exists():\n"
+        "                break\n"
+        "            time.sleep(0.1)\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "    return [float(len(text)) for text in completions]\n"
     )
