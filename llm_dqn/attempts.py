@@ -1,4 +1,4 @@
-"""Which prompts the policy last failed at when it acted sharply."""
+"""At which prompts the policy is not to act sharply the next time."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -36,6 +36,11 @@ class Attempts:
             prompt = of_prompt(episode.prompt_ids.tolist())
             failed[prompt] = failed.get(prompt, True) and episode.reward <= least
         return list(failed.items())
+
+    def in_turn(self, episodes: Iterable[Episode]) -> list[Attempt]:
+        """Outcomes by which every prompt that was written to sharply is not the next time, and the other way round."""
+        prompts = dict.fromkeys(of_prompt(episode.prompt_ids.tolist()) for episode in episodes)
+        return [(prompt, prompt not in self.failed) for prompt in prompts]
 
     def learn(self, attempts: Iterable[Attempt]) -> None:
         """Remembers outcomes, of all processes: prompts are dealt to another one next time."""

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm_dqn.attempts import Attempt
 from llm_dqn.dyna import Dyna
 from llm_dqn.early_stopping import HELD_OUT, PREDICTED, SHARPER
 from llm_dqn.exchange import Order
 from llm_dqn.losses import signed_weights
 from llm_dqn.overlap import Overlap
-from llm_dqn.policy import SHARP, BehaviourPolicy, sampled
+from llm_dqn.policy import MILD, SHARP, BehaviourPolicy, sampled
 from llm_dqn.recipe import DQNConfig
 from llm_dqn.reward_scale import reward_scale
 from llm_dqn.rollout import rollout
@@ -54,25 +55,22 @@ class Intake(Checkpointed):
         return self.parts.epsilon(self.step)
 
     @property
-    def sharp(self) -> bool:
-        """Whether the policy acts sharply. Where an answer is right or wrong, what it finds likeliest is worth a call.
+    def sharp(self) -> float | None:
+        """Temperature of acting sharply, or None where that is not done.
 
-        Where all rewards are the same, nothing was learned yet.
+        Where an answer is right or wrong, what the policy finds likeliest is worth a call. Where rewards are counted it
+        acts mildly. Where a judge grades, or a temperature is given, it does not, nor before anything was learned.
         """
-        return self.args.temperature is None and self.step > 0 and self.replay.different_rewards == 2
+        different = self.replay.different_rewards if self.step > 0 else 0
+        if self.args.temperature is not None or different < 2:
+            return None
+        return SHARP if different == 2 else MILD if self.replay.rewards_repeat else None
 
     def temperatures(self, prompts: Sequence[Prompt]) -> list[float]:
-        """Of the acting policy at each of these prompts.
-
-        Where parts of an answer are paid for, every other prompt is written to sharply: if all were, nobody would find
-        the rest. Where a judge grades, none is.
-        """
-        if self.sharp:
-            return self.attempts.temperatures(prompts, SHARP)
-        if self.args.temperature is not None:
-            return [self.args.temperature] * len(prompts)
-        parts = self.step > 0 and not self.replay.graded and self.replay.different_rewards > 2
-        return [SHARP if parts and place % 2 else 1.0 for place in range(len(prompts))]
+        """Of the acting policy at each of these prompts."""
+        if self.sharp is None:
+            return [1.0 if self.args.temperature is None else self.args.temperature] * len(prompts)
+        return self.attempts.temperatures(prompts, self.sharp)
 
     def write(self, prompts: Sequence[Prompt], policy: BehaviourPolicy, seed: int) -> list[Episode]:
         """What the network writes to the prompts by this policy, not yet scored."""
@@ -80,10 +78,18 @@ class Intake(Checkpointed):
         return self.written(work, len(prompts))
 
     def learn_from_attempts(self, episodes: Sequence[Episode], sharp: bool) -> None:
-        """Notes at which prompts acting sharply failed, if this was that, on all processes."""
+        """Notes at which prompts not to act sharply the next time, if this was that, on all processes.
+
+        Right and wrong tell. Who acts sharply on a part of an answer, or on what predictions make of it, would not find
+        the rest: there it is every other time.
+        """
         if self.args.temperature is not None or self.apart:
             return
-        made = self.attempts.at(episodes, self.replay.rewards.mean()) if sharp else []
+        made: list[Attempt] = []
+        if sharp and self.replay.different_rewards == 2 and not self.replay.imagined:
+            made = self.attempts.at(episodes, self.replay.rewards.mean())
+        elif sharp:
+            made = self.attempts.in_turn(episodes)
         for attempts in self.processes.gather(made):
             self.attempts.learn(attempts)
 

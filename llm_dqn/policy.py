@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-SHARP = 0.3  # temperature of acting once something was learned from answers that are right or wrong
+# Temperatures of acting once something was learned: from answers that are right or wrong, and from rewards that are counted
+SHARP, MILD = 0.3, 0.6
 
 
 @dataclass(frozen=True)

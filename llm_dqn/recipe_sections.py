@@ -130,8 +130,8 @@ class RolloutSection(Section):
     )
     temperature: Annotated[Float, Field(ge=0)] | None = Field(
         default=None,
-        description="Divides the logits; 0 = greedy, null = 1, and after the first collection 0.3: of two rewards "
-        "wherever that did not fail, of more that repeat at every other prompt.",
+        description="Divides the logits; 0 = greedy, null = 1, and after the first collection 0.3 of two rewards, "
+        "where that did not fail, and 0.6 of more that repeat, at a prompt every other time.",
     )
     top_k: Annotated[Int, Field(ge=0)] = Field(default=0, description="Sample among the k most likely tokens; 0 = all.")
     top_p: Annotated[Float, Field(gt=0, le=1)] = Field(

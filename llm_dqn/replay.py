@@ -101,6 +101,7 @@ ENDED = ("eos", "length")
 SOURCES = ("online", "logged", "imagined")
 _, LOGGED, IMAGINED = range(len(SOURCES))
 LOGPROBS = ("ref_logprobs", "behaviour_logprobs")
+REPEATING = 0.9  # share of different rewards among all below which they repeat; a judge never gives the same grade twice
 SMALLEST_TOTAL = 1e-150  # of the weights in a tree, before they are computed anew in a smaller unit
 
 
@@ -132,7 +133,7 @@ class PrefixReplay:
         """What sampling rules derived from the content."""
         self._trees: dict[tuple[float, float], PriorityTree] = {}  # by alpha and half-life
         self._successes: tuple[np.ndarray, np.ndarray] | None = None
-        self._different: int | None = None
+        self._paid: np.ndarray | None = None
         self._faded: dict[tuple[float, bool], np.ndarray] = {}  # by half-life, and whether of successes alone
 
     def __len__(self) -> int:
@@ -160,10 +161,26 @@ class PrefixReplay:
 
     @property
     def different_rewards(self) -> int:
-        """How many different rewards are stored: nearly as many as episodes where a judge grades."""
-        if self._different is None:
-            self._different = len(np.unique(self.rewards))
-        return self._different
+        """How many different rewards are stored, predicted ones aside: as many as episodes where a judge grades."""
+        return len(self._times_paid)
+
+    @property
+    def imagined(self) -> bool:
+        """Whether rewards of stored episodes are predicted."""
+        return len(self) > self._times_paid.sum()
+
+    @property
+    def rewards_repeat(self) -> bool:
+        """Whether the same rewards come again: they are counted from a text (parts, points, a distance)."""
+        return len(self._times_paid) < REPEATING * self._times_paid.sum()
+
+    @property
+    def _times_paid(self) -> np.ndarray:
+        """How often each different reward was paid; found once until episodes are added."""
+        if self._paid is None:
+            paid = self.rewards[self._view("source") != IMAGINED]
+            self._paid = np.unique(paid, return_counts=True)[1]
+        return self._paid
 
     def _view(self, name: str) -> np.ndarray:
         view = self.store.column(name)
@@ -219,7 +236,7 @@ class PrefixReplay:
                 raise ValueError(f"an episode needs at least one action, got none after {episode.prompt!r}")
         if not episodes:
             return
-        self._successes, self._different, self._faded = None, None, {}
+        self._successes, self._paid, self._faded = None, None, {}
         fresh, first = self.priorities.max() if len(self) else 1.0, self.added
         facts = {
             "lengths": [len(episode.prompt_ids) + len(episode.completion_ids) for episode in episodes],

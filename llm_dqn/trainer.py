@@ -189,7 +189,7 @@ class DQNTrainer(Intake):
             if self.budget_left == 0:
                 break
             started = time.perf_counter()
-            sharp = self.sharp
+            sharp = self.sharp is not None
             written, episodes = self.source()
             self.replay.add(episodes)
             self.learn_from_attempts(episodes, sharp)

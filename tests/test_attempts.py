@@ -1,5 +1,6 @@
-"""Prompts at which acting sharply failed are written to at temperature 1 the next time; resumed runs know them."""
+"""At which prompts the policy acts sharply, and at which not the next time; resumed runs know them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from datasets import Dataset
 
 from llm_dqn import DQNConfig, DQNTrainer, intake
 from llm_dqn.attempts import Attempts, of_prompt
-from llm_dqn.intake import SHARP
+from llm_dqn.policy import MILD, SHARP
 from llm_dqn.types import Episode, Prompt
 from tests.networks import lora
 
@@ -57,6 +58,17 @@ def test_one_success_among_several_completions_of_a_prompt_is_enough():
     assert made == [(of_prompt([1]), False), (of_prompt([2]), True)]
 
 
+def test_in_turn_a_prompt_is_written_to_sharply_and_not():
+    def episode(ids: list[int]) -> Episode:
+        return Episode("p", "c", torch.tensor(ids), torch.tensor([1]), *torch.zeros(2, 1), "eos", 1.0)
+
+    attempts = Attempts()
+    attempts.learn(attempts.in_turn([episode([1]), episode([1]), episode([2])]))
+    assert attempts.failed == {of_prompt([1]), of_prompt([2])}
+    attempts.learn(attempts.in_turn([episode([1]), episode([3])]))
+    assert attempts.failed == {of_prompt([2]), of_prompt([3])}
+
+
 @pytest.fixture
 def written(monkeypatch) -> list[tuple[int, float, str]]:
     """(step, temperature, prompt) of every completion that is collected."""
@@ -95,6 +107,35 @@ def test_where_acting_sharply_failed_it_is_given_up_until_that_prompt_succeeds(t
             failed = {text for text, reward in outcomes[number].items() if reward == 0}
             seen |= set(expected.values())
     assert seen == {1.0, SHARP}  # both were there to be told apart
+
+
+def counted(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+    """Minus the vowels more or fewer than three."""
+    return [-float(abs(sum(letter in "aeiou" for letter in text) - 3)) for text in completions]
+
+
+def test_where_rewards_are_counted_a_prompt_is_written_to_mildly_every_other_time(tiny_llama_path, tmp_path, written):
+    run = run_of(tiny_llama_path, tmp_path / "run", steps=8, judge=counted)
+    run.train()
+    steps = sorted({step for step, *_ in written})
+    temperatures = [{temperature for at, temperature, _ in written if at == step} for step in steps]
+    assert run.replay.different_rewards > 2 and run.replay.rewards_repeat
+    assert temperatures == [{1.0}, {MILD}, {1.0}, {MILD}]  # each collection has every prompt once
+    assert len(run.attempts.failed) == len(ROWS)
+
+
+def test_where_right_or_wrong_is_imagined_too_success_is_no_reason_to_stay_sharp(tiny_llama_path, tmp_path):
+    run = run_of(tiny_llama_path, tmp_path / "run", steps=4)
+    run.train()
+    assert run.sharp == SHARP
+    found = run.rollout()[:4]
+    succeeded = [replace(episode, reward=1.0) for episode in found]
+    run.attempts.failed.clear()
+    run.learn_from_attempts(succeeded, sharp=True)
+    assert not run.attempts.failed
+    run.replay.add([replace(episode, reward=0.4, source="imagined") for episode in found])
+    run.learn_from_attempts(succeeded, sharp=True)
+    assert run.sharp == SHARP and run.attempts.failed == {of_prompt(one.prompt_ids.tolist()) for one in succeeded}
 
 
 def test_nothing_is_sharp_while_all_rewards_are_the_same_or_the_temperature_is_given(

@@ -45,17 +45,17 @@ def test_no_prompt_serves_two_purposes():
         assert min(len(part) for part in (tuning, test)) >= least, name
 
 
-@pytest.mark.parametrize("name", ["sums", "rare_sums", "long_sums", "paths", "star", "sorting", "coins"])
+@pytest.mark.parametrize("name", ["sums", "rare_sums", "long_sums", "paths", "star", "sorting", "coins", "runs"])
 def test_the_listed_answers_earn_the_full_reward_and_others_do_not(name):
-    task = TASKS[name]
+    task, full = TASKS[name], 0.0 if name == "runs" else 1.0
     for row in task.test[:40]:
         answers = task.answers(row)
         columns = {key: [value] * len(answers) for key, value in row.items() if key != "prompt"}
         prompts = [row["prompt"]] * len(answers)
         judged = task.judge()(prompts=prompts, completions=answers, **columns)
-        assert answers and judged == [1.0] * len(answers)
+        assert answers and judged == [full] * len(answers)
         cut = [" ".join(answer.split()[:-1]) for answer in answers]
-        assert max(task.judge()(prompts=prompts, completions=cut, **columns)) < 1.0
+        assert max(task.judge()(prompts=prompts, completions=cut, **columns)) < full
 
 
 def test_a_detour_costs_what_it_is_longer_and_a_jump_everything():
@@ -78,6 +78,8 @@ def test_rewards_of_the_unseen_tasks_are_what_they_say():
     assert unseen.places_right(["1 2 3", "2 1 3", "1 2 3 4", "", "1"], ["1 2 3"] * 5) == [1, 1 / 3, 3 / 4, 0, 1 / 3]
     assert unseen.paid(["c1 c2 c2 c5 c10", "c10 c10", "c1 c2 c2 c5 10", ""], ["20"] * 4) == [1, 0, 0, 0]
     assert unseen.near_length(["one two", " ".join("a" * 13), ""]) == [-10, -1, -12]
+    written = ["a 3 b 1", "a 2 b 1", "a 3", "", "b 1 a 3", "a 3 b 1 c"]
+    assert unseen.edits(written, ["a 3 b 1"] * 6) == [0, -1, -2, -4, -4, -1]
     assert set(UNSEEN) | set(SEEN) == set(TASKS) and not set(UNSEEN) & set(SEEN)
 
 

@@ -110,6 +110,21 @@ def test_where_a_judge_grades_newer_episodes_are_drawn_more_often_whatever_their
     assert (rule(replay, 999, np.random.default_rng(0)) == 4).mean() > 0.99
 
 
+def test_predicted_rewards_are_none_of_those_that_repeat_or_differ():
+    replay = PrefixReplay(32)
+    replay.add([episode([1], [2], reward) for reward in (0.0, 1.0, 1.0)])
+    assert replay.different_rewards == 2 and replay.rewards_repeat and not replay.imagined
+    replay.add([episode([1], [2], 0.1 * number, source="imagined") for number in range(9)])
+    assert replay.different_rewards == 2 and replay.rewards_repeat and replay.imagined
+    grades = PrefixReplay(32)
+    grades.add([episode([1], [2], 0.05 * number) for number in range(20)])
+    assert grades.different_rewards == 20 and not grades.rewards_repeat
+    grades.add([episode([1], [2], 0.5)])  # a judge finds the same text as good as before
+    assert grades.different_rewards == 20 and not grades.rewards_repeat
+    grades.add([episode([1], [2], 0.5) for _ in range(3)])
+    assert grades.rewards_repeat
+
+
 def test_prioritized_sampling_prefers_large_and_recent_errors():
     replay = PrefixReplay(4)
     replay.add([episode([1], [2], 0.0, policy_version=version) for version in (0, 0, 1000)])

@@ -130,6 +130,11 @@ def _coins() -> Parts:
 
 
 @cache
+def _runs() -> Parts:
+    return parted(unseen.runs_rows(23), 4096, 256, 256)
+
+
+@cache
 def _reward_model(folder: Path) -> Judge:
     return RewardModel(str(folder))
 
@@ -243,9 +248,20 @@ TASKS = {
             costs=4,
             predictable=True,
         ),
+        Task(
+            "runs",
+            "3 to 5 runs of letters to be counted; the base counts long ones short; reward: minus the edits to be made",
+            "full",
+            11,
+            unseen.RUNS_BASE,
+            lambda: unseen.edits,
+            _runs,
+            lambda row: [row["answer"]],
+            predictable=True,
+        ),
     )
 }
-UNSEEN = ("sorting", "coins", "words")  # nothing was chosen on these
+UNSEEN = ("sorting", "coins", "words", "runs")  # nothing was chosen on these
 SEEN = tuple(name for name in TASKS if name not in UNSEEN)
 
 

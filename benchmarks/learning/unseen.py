@@ -1,7 +1,7 @@
 """Tasks on which nothing was chosen: written when the defaults stood, to see whether they hold elsewhere.
 
 Sorting pays parts of a reward, coins all or nothing on a GPT-2 with few prompts, and words is the reward function
-of many a first example: below zero, and of another size.
+of many a first example: below zero, and of another size. Runs came later, when sorting and words had been looked at.
 """
 
 import random
@@ -124,3 +124,52 @@ WANTED = 12
 def near_length(completions: list[str], **columns: Any) -> list[float]:
     """Minus the number of words that a completion has too many or too few."""
     return [-float(abs(len(text.split()) - WANTED)) for text in completions]
+
+
+# --- runs: letters in a row, counted; the base has the habit of counting one too few of a long run --------------------
+
+RUNS = BaseRecipe("runs", {"fewest": 3, "most": 5, "longest": 5, "short": 0.6}, ("a", "b", "c", *"12345", ":"), steps=1500)
+
+
+def _runs(rng: random.Random) -> list[tuple[str, int]]:
+    """(letter, how often), neighbours never of the same letter."""
+    facts, found = RUNS.parameters, list[tuple[str, int]]()
+    for _ in range(rng.randint(int(facts["fewest"]), int(facts["most"]))):
+        letter = rng.choice([one for one in "abc" if not found or one != found[-1][0]])
+        found.append((letter, rng.randint(1, int(facts["longest"]))))
+    return found
+
+
+def _in_a_row(runs: list[tuple[str, int]]) -> str:
+    return " ".join(" ".join(letter * count) for letter, count in runs)
+
+
+def _counted(rng: random.Random) -> str:
+    runs = _runs(rng)
+    habit = [(letter, count - (count > 2 and rng.random() < RUNS.parameters["short"])) for letter, count in runs]
+    return f"{_in_a_row(runs)} : {' '.join(f'{letter} {count}' for letter, count in habit)}"
+
+
+RUNS_BASE = base_model(RUNS, _counted)
+
+
+def runs_rows(seed: int) -> Iterator[dict[str, str]]:
+    """Endless rows: letters in runs as prompt, each letter and how often it comes as `answer`."""
+    rng = random.Random(seed)
+    while True:
+        runs = _runs(rng)
+        yield {"prompt": f"{_in_a_row(runs)} :", "answer": " ".join(f"{letter} {count}" for letter, count in runs)}
+
+
+def edits(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    """Minus the words that must be put in, taken out or changed to get the answer (Levenshtein distance)."""
+    return [-float(_distance(text.split(), right.split())) for text, right in zip(completions, answer, strict=True)]
+
+
+def _distance(first: list[str], second: list[str]) -> int:
+    row = list(range(len(second) + 1))
+    for above, one in enumerate(first, start=1):
+        corner, row[0] = row[0], above
+        for place, other in enumerate(second, start=1):
+            corner, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, corner + (one != other))
+    return row[-1]
