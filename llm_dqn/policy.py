@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-# Temperatures of acting once something was learned: from answers that are right or wrong, and from rewards that are counted
+# Temperatures of acting once something was learned: from what is right or wrong, and from rewards that are counted
 SHARP, MILD = 0.3, 0.6
 
 

@@ -101,7 +101,7 @@ ENDED = ("eos", "length")
 SOURCES = ("online", "logged", "imagined")
 _, LOGGED, IMAGINED = range(len(SOURCES))
 LOGPROBS = ("ref_logprobs", "behaviour_logprobs")
-REPEATING = 0.9  # share of different rewards among all below which they repeat; a judge never gives the same grade twice
+REPEATING = 0.9  # share of different rewards below which they repeat; a judge hardly gives the same grade twice
 SMALLEST_TOTAL = 1e-150  # of the weights in a tree, before they are computed anew in a smaller unit
 
 

@@ -128,7 +128,9 @@ def near_length(completions: list[str], **columns: Any) -> list[float]:
 
 # --- runs: letters in a row, counted; the base has the habit of counting one too few of a long run --------------------
 
-RUNS = BaseRecipe("runs", {"fewest": 3, "most": 5, "longest": 5, "short": 0.6}, ("a", "b", "c", *"12345", ":"), steps=1500)
+RUNS = BaseRecipe(
+    "runs", {"fewest": 3, "most": 5, "longest": 5, "short": 0.6}, ("a", "b", "c", *"12345", ":"), steps=1500
+)
 
 
 def _runs(rng: random.Random) -> list[tuple[str, int]]:
