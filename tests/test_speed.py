@@ -211,7 +211,8 @@ def test_parts_of_a_batch_are_padded_to_their_own_longest_and_add_up_to_its_grad
     assert sorted(int(slot) for part in parts for slot in part.slots) == [0, 1, 2]
     assert batch.split(3) == [batch]
     for one, other in zip(gradients(parts), gradients([batch]), strict=True):
-        assert one is other is None or torch.allclose(one, other, atol=1e-5)
+        # summed in another order: single precision is about the largest entry, which may be 100
+        assert one is other is None or torch.allclose(one, other, rtol=1e-5, atol=2e-6 * float(other.abs().max() + 10))
 
 
 def test_accumulated_batches_are_dealt_by_length_and_teach_the_same(tiny_llama_path, tmp_path):
