@@ -11,7 +11,7 @@ from llm_dqn import DQNConfig, DQNTrainer, intake
 from llm_dqn.attempts import Attempts, of_prompt
 from llm_dqn.policy import MILD, SHARP
 from llm_dqn.types import Episode, Prompt
-from tests.networks import lora
+from tests.networks import episode, lora
 
 ROWS = [{"prompt": f"{word} {number}"} for number in range(6) for word in ("the film", "two friends")]
 
@@ -51,21 +51,16 @@ def test_the_newest_sharp_attempt_at_a_prompt_counts():
 
 
 def test_one_success_among_several_completions_of_a_prompt_is_enough():
-    def episode(ids: list[int], reward: float) -> Episode:
-        return Episode("p", "c", torch.tensor(ids), torch.tensor([1]), *torch.zeros(2, 1), "eos", reward)
-
-    made = Attempts.at([episode([1], 0), episode([1], 1), episode([1], 0), episode([2], 0)], least=0.5)
+    outcomes = (1, 0), (1, 1), (1, 0), (2, 0)
+    made = Attempts.at([episode([prompt], [2], reward) for prompt, reward in outcomes], least=0.5)
     assert made == [(of_prompt([1]), False), (of_prompt([2]), True)]
 
 
 def test_in_turn_a_prompt_is_written_to_sharply_and_not():
-    def episode(ids: list[int]) -> Episode:
-        return Episode("p", "c", torch.tensor(ids), torch.tensor([1]), *torch.zeros(2, 1), "eos", 1.0)
-
     attempts = Attempts()
-    attempts.learn(attempts.in_turn([episode([1]), episode([1]), episode([2])]))
+    attempts.learn(attempts.in_turn([episode([1], [2]), episode([1], [2]), episode([2], [2])]))
     assert attempts.failed == {of_prompt([1]), of_prompt([2])}
-    attempts.learn(attempts.in_turn([episode([1]), episode([3])]))
+    attempts.learn(attempts.in_turn([episode([1], [2]), episode([3], [2])]))
     assert attempts.failed == {of_prompt([2]), of_prompt([3])}
 
 

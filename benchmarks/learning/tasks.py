@@ -261,7 +261,7 @@ TASKS = {
         ),
     )
 }
-UNSEEN = ("sorting", "coins", "words", "runs")  # nothing was chosen on these
+UNSEEN = ("sorting", "coins", "words", "runs")  # how little was chosen on these, `unseen` says
 SEEN = tuple(name for name in TASKS if name not in UNSEEN)
 
 
