@@ -47,6 +47,32 @@ def test_one_of_two_processes_killed_leaves_no_trace(tmp_path):
     assert found["kills"] >= 2 and found["equal"] == len(found["trials"]) > 0
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_kill_that_comes_too_late_says_so(faster):
+    """A process that ends of itself just before the kill was not killed, and both of two are waited for once."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LATE, "0" if faster else "60"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == (["0", "0"] if faster else ["-9", "-9"])
+
+
+LATE = """
+import os, sys, time
+from pathlib import Path
+from tests.torture import Watch, forked
+from tests.torture_processes import Two
+
+def watched(seconds):
+    return Watch(*forked(lambda told: time.sleep(seconds), Path(os.devnull)))
+
+seconds = float(sys.argv[1])
+for watch in (watched(seconds), Two(watched(seconds), watched(0))):
+    time.sleep(0.5)
+    print(watch.kill())
+"""
+
+
 def _every_difference_is_seen(run: Path) -> None:
     """The comparison would notice: a bit of a weight, a priority, a line of metrics or samples that comes twice."""
     whole = outcome(run)

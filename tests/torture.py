@@ -49,6 +49,7 @@ SETTINGS = {
 }
 SEGMENT = 16  # episodes: several are full within the run
 PHASES = ("start", "rollout", "reward", "update", "save", "evaluation")
+KILLED = -signal.SIGKILL  # the exit code
 CLOCKS = {"seconds", "tokens_per_second", "train/idle_share", "reward/cached"}  # of the process, not of the run
 
 
@@ -105,6 +106,7 @@ def forked(work: Callable[[int], None], log: Path) -> tuple[int, int]:
     reading, telling = os.pipe()
     child = os.fork()
     if child:
+        os.setpgid(child, child)  # here too: a kill may come before the child has done it
         os.close(telling)
         return child, reading
     code = 1
@@ -172,13 +174,12 @@ class Watch:
             return "save"
         return self.active[-1] if self.active else "between"
 
-    def kill(self) -> str:
-        """Ends the child at once; where that was."""
+    def kill(self) -> int:
+        """Ends the child at once; its exit code, which is another than that of a kill when it was faster."""
         os.killpg(self.child, signal.SIGKILL)
         while heard := os.read(self.reading, 4096):
             self._hear(heard)
-        self.ended()
-        return self.where()
+        return self.ended()
 
     def ended(self) -> int:
         """Waits for the child; its exit code."""
@@ -237,9 +238,10 @@ class Torture:
             alive = watch.follow(watch.begun + 600, phase, occurrence)
             delay = rng.uniform(0, self.spent[phase] / self.entered[phase])
             alive = alive and watch.follow(until=time.monotonic() + delay)
-        if alive:
-            return watch.kill()
-        if code := watch.ended():
+        code = watch.kill() if alive else watch.ended()
+        if code == KILLED:
+            return watch.where()
+        if code:
             raise RuntimeError(f"trial failed with exit code {code}:\n{run.with_suffix('.log').read_text()}")
         return None
 

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.torture import Torture, Watch, forked, main, train
+from tests.torture import KILLED, Torture, Watch, forked, main, train
 
 LIMIT = 20.0  # seconds
 
@@ -27,23 +27,25 @@ class Two(Watch):
         super().__init__(victim.child, victim.reading)
         self.other = other
 
-    def kill(self) -> str:
-        """Ends the victim at once, which must end the other; where that was."""
-        place, began = super().kill(), time.monotonic()
+    def kill(self) -> int:
+        """Ends the victim at once, which must end the other; the exit code, of both when the victim was faster."""
+        code, began = super().kill(), time.monotonic()
+        if code != KILLED:
+            return code
         self.other.follow(until=began + 0.01)
         if not self.other.entered or "start" in self.other.active:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.other.child, signal.SIGTERM)
         if self.other.follow(until=began + LIMIT):
             os.kill(self.other.child, signal.SIGKILL)
-            raise RuntimeError(f"one process was killed in {place!r}, and {LIMIT:g} s later the other was still there")
+            raise RuntimeError(f"one process was killed in {self.where()!r}, and {LIMIT:g} s later the other was still there")
         self.other.ended()
-        return place
+        return code
 
     def ended(self) -> int:
         """Waits for both; an exit code that is not 0 where there is one."""
         codes = [super().ended()]
-        if codes[0] >= 0:  # not killed by this class, which looks after the other itself
+        if codes[0] != KILLED:  # else `kill` looks after the other
             self.other.follow(until=time.monotonic() + 600)
             codes.append(self.other.ended())
         return next((code for code in codes if code != 0), 0)
