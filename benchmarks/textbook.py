@@ -67,6 +67,7 @@ def run(overrides: list[str], seed: int, completions: int, prompts: int) -> dict
             f"train.seed={seed}",
             f"train.max_scored_completions={completions}",
             "train.max_steps=1000000",
+            "rollout.prompts_per_collect=64",
             "train.eval_steps=0",
             "train.save_steps=0",
             f"train.final_eval_prompts={prompts}",

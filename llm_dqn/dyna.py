@@ -21,6 +21,7 @@ from llm_dqn.replay import ENDED, IMAGINED, PrefixReplay, collate_tokens
 from llm_dqn.types import Episode, TokenBatch
 
 REMEMBERED = 2048  # newest scored episodes that predictions are learned from
+NEWEST = 64  # scored episodes, at least, by which it is told whether predictions still serve
 TOLERATED = 2.0  # standard errors
 SURE = 2.0  # standard deviations of what is predicted
 LOOKS = 4  # collections over which it is smoothed what is surely predicted
@@ -42,7 +43,7 @@ class Dyna:
         self.skill: float | None = None  # of the model on newest rewards, smoothed over collections
         self.best_mean: float | None = None  # reward of the best collection
         self._lows: list[float] = []  # of the last imagined collections, what is surely predicted
-        self._newest = 0  # of what is known, how many came last
+        self._newest = 0  # of what is known, by how many of the last it is judged
         self._read = 0  # episodes ever added to the replay, up to which all are known
         self._known: Known = {}
 
@@ -76,8 +77,9 @@ class Dyna:
             return
         parts = [self._known, *fresh] if self._known else fresh
         self._known = {name: torch.cat([part[name] for part in parts])[-REMEMBERED:] for name in fresh[0]}
-        rewards = torch.cat([part["rewards"] for part in fresh])[-REMEMBERED:]
-        self._newest = len(rewards)
+        came = sum(len(part["rewards"]) for part in fresh)
+        self._newest = min(max(came, NEWEST), len(self._known["rewards"]))
+        rewards = self._known["rewards"][-self._newest :]
         self._fit()
         mean, error = float(rewards.double().mean()), float(rewards.double().std(correction=0) / len(rewards) ** 0.5)
         self.best_mean = mean if self.best_mean is None else max(mean, self.best_mean)

@@ -16,7 +16,7 @@ from llm_dqn.early_stopping import HELD_OUT, PREDICTED, SHARPER
 from llm_dqn.exchange import Order
 from llm_dqn.losses import signed_weights
 from llm_dqn.overlap import Overlap
-from llm_dqn.policy import MILD, SHARP, BehaviourPolicy, sampled
+from llm_dqn.policy import FEW_PROMPTS, MILD, PROMPTS, SHARP, BehaviourPolicy, sampled
 from llm_dqn.recipe import DQNConfig
 from llm_dqn.reward_scale import reward_scale
 from llm_dqn.rollout import rollout
@@ -114,9 +114,18 @@ class Intake(Checkpointed):
         return max(0, budget - self.scored_completions) // self.parts.accelerator.num_processes
 
     @property
-    def draw(self) -> int:
-        """Prompts of a collection that fall to this process."""
-        return -(-self.args.prompts_per_collect // self.processes.world)
+    def prompts_per_collect(self) -> int:
+        """Of the next collection, over all processes.
+
+        Few of what is right or wrong, or counted: the sooner one comes, the better the policy that writes it. Grades,
+        which push down as well as up, bear no more than half as many steps a call.
+        """
+        few = self.step > 0 and not self.replay.graded
+        return self.args.prompts_per_collect or (FEW_PROMPTS if few else PROMPTS)
+
+    def share(self, prompts: int) -> int:
+        """How many of them fall to this process."""
+        return -(-prompts // self.processes.world)
 
     def choose_source(self) -> Source:
         """Collectors elsewhere, collectors of this run's own, or nobody but the trainer."""
@@ -176,9 +185,10 @@ class Intake(Checkpointed):
     # --- imagined ---------------------------------------------------------------------------------------------------
 
     def imagine(self, scored: Sequence[Episode]) -> int:
-        """Adds completions of the same prompts whose rewards are predicted, as many for each scored one as it returns.
+        """Adds completions of the same prompts whose rewards are predicted, `dyna.per_scored` for each scored one.
 
-        That is 0 where rewards cannot be predicted well enough, and where other processes write.
+        Returns how many times the steps are to be added for them: of grades as many times, else once. Nothing is added,
+        and 0 returned, where rewards cannot be predicted well enough, and where other processes write.
         """
         dyna = self.parts.dyna
         if dyna is None or self.apart:
@@ -195,7 +205,7 @@ class Intake(Checkpointed):
         self.replay.add(judged)
         if not began:
             self.say_predictable(dyna, f"{dyna.per_scored} completions are imagined for each scored one")
-        return dyna.per_scored
+        return dyna.per_scored if self.replay.graded else 1
 
     def write_alone(self) -> None:
         """A collection where nothing is scored."""
@@ -212,7 +222,9 @@ class Intake(Checkpointed):
             self.learn_to_predict(dyna)
             if not dyna.predicts:
                 return
-            judged, unsure = self.imagined(dyna, self.parts.stream.next_batch(self.draw), self.step)
+            judged, unsure = self.imagined(
+                dyna, self.parts.stream.next_batch(self.share(self.args.prompts_per_collect or PROMPTS)), self.step
+            )
         facts = sum(e.reward for e in judged), unsure.sum(), (unsure**2).sum(), len(judged)
         total, deviations, squares, count = map(float, self.parts.totals(*facts))
         if not began and dyna.model.skill_at(squares / count) < self.least_skill:
@@ -265,7 +277,7 @@ class Intake(Checkpointed):
         sharpening = self.sharpening
         if sharpening is None:
             return
-        prompts = self.parts.stream.next_batch(self.draw)
+        prompts = self.parts.stream.next_batch(self.share(self.args.prompts_per_collect or PROMPTS))
         if len(sharpening.own) == 0:
             self.logbook.say("own completions, the likeliest ones, are learned from as well (replay.sharpened)")
         policy, seed = BehaviourPolicy(temperature=SHARP), self.seed_for(SHARPEN, self.step)
@@ -300,7 +312,7 @@ class Intake(Checkpointed):
         assert self.shared is not None
         self.publish()
         args, world = self.args, self.processes.world
-        wanted = min(args.prompts_per_collect * args.num_generations, self.budget_left * world)
+        wanted = min(self.prompts_per_collect * args.num_generations, self.budget_left * world)
         taken = self.shared.take(self.step, wanted, lambda: self.stop.requested is not None)
         if len(self.replay) == 0 and self.stop.requested:
             raise Stopped(self.stop.exit_code)
@@ -343,7 +355,7 @@ class Intake(Checkpointed):
         while len(self.overlap.orders) < taking + min(args.overlap, to_come):
             ahead = self.overlap.ordered + written
             left, position = self.budget_left - ahead, stream.state_dict()
-            draw = self.draw
+            draw = self.share(self.prompts_per_collect)
             completions = min(draw * args.num_generations, left)
             if completions <= 0:
                 break

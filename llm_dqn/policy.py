@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+PROMPTS, FEW_PROMPTS = 64, 32  # of a collection, see `Intake.prompts_per_collect`
 # Temperatures of acting once something was learned: from what is right or wrong, and from rewards that are counted
 SHARP, MILD = 0.3, 0.6
 

@@ -246,7 +246,7 @@ def _one_step(
     """One small rollout and one update on the real model, with their times."""
     args = settings_of(recipe)
     few: dict[str, int | str | None] = {"learning_starts": 1, "warm_start": None, "sharding": "none"}
-    few |= {"prompts_per_collect": min(4, args.prompts_per_collect)}
+    few |= {"prompts_per_collect": min(4, args.prompts_per_collect or 4)}
     few |= {"overlap": 0, "collectors": None}  # written here, whoever will write for the run
     args = args.model_copy(update=few | {"per_device_train_batch_size": min(4, args.per_device_train_batch_size)})
     lora = None if recipe.lora is None else lora_config(**dict(recipe.lora))

@@ -122,8 +122,9 @@ class RolloutSection(Section):
         default=1,
         description="Completions a prompt. More lower the variety of prompts for the same number of reward calls.",
     )
-    prompts_per_collect: Annotated[Int, Field(ge=1)] = Field(
-        default=64, description="Prompts continued in one collection, over all processes."
+    prompts_per_collect: Annotated[Int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Prompts of one collection, over all processes; null = 64 first and where a judge grades, else 32.",
     )
     max_completion_length: Annotated[Int, Field(ge=1)] = Field(
         default=64, description="Length cap of a completion, in tokens."
@@ -284,8 +285,8 @@ class ReplaySection(Section):
     )
     imagined: Annotated[Int, Field(ge=0)] = Field(
         default=3,
-        description="Completions with a predicted reward for each scored one, and as many more learner steps, where "
-        "rewards can be predicted; with logged data alone, all that are written unless it is 0; 0 = none.",
+        description="Completions with a predicted reward for each scored one, where rewards can be predicted, and "
+        "twice the learner steps, of grades as many more; with logged data alone, all that are written; 0 = none.",
     )
     sharpened: Annotated[Int, Field(ge=0)] = Field(
         default=1,

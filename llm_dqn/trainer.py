@@ -205,12 +205,12 @@ class DQNTrainer(Intake):
         self.measure_rewards()
         if self.step == 0:
             self.see_first_rewards()
-        imagined = 0  # for each scored one
+        more = 0  # times the steps
         if self.scored_completions > before:
-            imagined = self.imagine(fresh)
+            more = self.imagine(fresh)
         else:
             self.write_alone()
-        steps = self.args.updates_per_collect * (1 + imagined)
+        steps = self.args.updates_per_collect * (1 + more)
         self.collected_at, self.collect_at, self.look_at = self.step, self.step + steps, self.step + LOOK_STEPS
 
     def write_and_score(self) -> tuple[int, list[Episode]]:
@@ -226,7 +226,7 @@ class DQNTrainer(Intake):
     def rollout(self) -> list[Episode]:
         """Fresh completions by the epsilon-greedy behaviour policy."""
         args = self.args
-        prompts = self.parts.stream.next_batch(self.draw)[: self.budget_left]
+        prompts = self.parts.stream.next_batch(self.share(self.prompts_per_collect))[: self.budget_left]
         temperatures, seed = self.temperatures(prompts), self.seed_for(COLLECT, self.scored_completions)
         found: dict[int, Episode] = {}
         for temperature in sorted(set(temperatures)):

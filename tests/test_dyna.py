@@ -80,14 +80,14 @@ def test_predicted_rewards_are_learned_from_and_cost_no_call(tiny_llama_path, tm
     run = learned(tiny_llama_path, tmp_path / "run", judge)
     sources = run.replay.store.column("source")
     assert run.parts.dyna.predicts
-    # twelve steps: each collection is learned from for two steps, and six more for three times as many imagined ones
-    assert judge.asked == run.scored_completions == 2 * SIZE and run.step == 12
-    assert [int((sources == kind).sum()) for kind in range(3)] == [2 * SIZE, 0, 6 * SIZE]
+    # twelve steps: each collection is learned from for two steps, and two more for three times as many imagined ones
+    assert not run.replay.graded and judge.asked == run.scored_completions == 3 * SIZE and run.step == 12
+    assert [int((sources == kind).sum()) for kind in range(3)] == [3 * SIZE, 0, 9 * SIZE]
     predicted, true = run.replay.rewards[sources == 2], run.replay.rewards[sources == 0]
     assert true.min() <= predicted.min() and predicted.max() <= true.max() and predicted.std() < true.std()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     skills = [line["replay/predicted_r2"] for line in lines if "replay/predicted_r2" in line]
-    assert len(skills) == 2 and skills[-1] == pytest.approx(run.parts.dyna.model.skill)
+    assert len(skills) == 3 and skills[-1] == pytest.approx(run.parts.dyna.model.skill)
     assert "are imagined for each scored one" in capsys.readouterr().out
     texts = {tuple(ids.tolist()) for ids in _completions(run, sources == 2)}
     assert len(texts) > SIZE  # written anew, not those that were scored
@@ -222,9 +222,9 @@ def test_where_predictions_are_uncertain_less_is_promised(tiny_llama_path, tmp_p
 
 
 def test_a_run_that_imagines_goes_on_exactly(tiny_llama_path, tmp_path, always):
-    whole = learned(tiny_llama_path, tmp_path / "whole", max_steps=20)
-    learned(tiny_llama_path, tmp_path / "cut", max_steps=11)
-    again = learned(tiny_llama_path, tmp_path / "cut", max_steps=20, resume=True)
+    whole = learned(tiny_llama_path, tmp_path / "whole", max_steps=12)
+    learned(tiny_llama_path, tmp_path / "cut", max_steps=7)
+    again = learned(tiny_llama_path, tmp_path / "cut", max_steps=12, resume=True)
     assert again.scored_completions == whole.scored_completions == 3 * SIZE
     for name, weight in whole.network.checkpoint_state().items():
         assert torch.equal(weight, again.network.checkpoint_state()[name]), name
@@ -237,7 +237,7 @@ def test_a_run_that_imagines_goes_on_exactly(tiny_llama_path, tmp_path, always):
 
 
 def test_an_export_holds_true_rewards_unless_others_are_asked_for(tiny_llama_path, tmp_path, always):
-    run = learned(tiny_llama_path, tmp_path / "run", max_steps=8)
+    run = learned(tiny_llama_path, tmp_path / "run", max_steps=4)
     assert len(run.replay) == 4 * SIZE
     file = tmp_path / "out.jsonl"
     assert export(tmp_path / "run", file, Choice()) == SIZE
@@ -261,6 +261,31 @@ def test_features_do_not_depend_on_the_batch(build_model, tmp_path, architecture
     run.replay.add([episode.__class__(**{**vars(episode), "reward": 1.0}) for episode in episodes])
     assert np.allclose(dyna.unknown(run.replay)["features"].numpy(), found[0], atol=1e-4)
     assert dyna.unknown(run.replay) == {}  # known by now
+
+
+@pytest.mark.parametrize(("knows", "then"), [("nothing", 64), ("share", 32), ("right", 32)])
+def test_collections_are_half_as_large_once_rewards_are_no_grades(tiny_llama_path, tmp_path, knows, then):
+    asked: list[int] = []
+    judge = Judge(knows)
+
+    def watched(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+        asked.append(len(completions))
+        return judge(prompts, completions)
+
+    run = trainer(tiny_llama_path, tmp_path / "run", watched, prompts_per_collect=None, max_steps=6, imagined=0)
+    run.train()
+    assert run.replay.graded == (knows == "nothing") and asked == [64, then, then]
+    given = trainer(tiny_llama_path, tmp_path / "given", Judge(knows), prompts_per_collect=7)
+    assert given.prompts_per_collect == 7
+
+
+def test_few_new_rewards_are_judged_with_those_before_them(tiny_llama_path, tmp_path):
+    model, draw = trainer(tiny_llama_path, tmp_path, Judge()).parts.dyna, torch.Generator().manual_seed(0)
+    for mean in (0.5, 0.46):  # by the last 32 alone true rewards would have fallen
+        features = torch.randn(32, 5, generator=draw)
+        rewards = mean + 0.1 * (features - features.mean(0))[:, 0]
+        model.learn([{"features": features, "rewards": rewards, "prompts": torch.arange(32)}], 0.2)
+    assert model.predicts and model._newest == 64 and model.best_mean == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

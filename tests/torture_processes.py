@@ -38,7 +38,9 @@ class Two(Watch):
                 os.kill(self.other.child, signal.SIGTERM)
         if self.other.follow(until=began + LIMIT):
             os.kill(self.other.child, signal.SIGKILL)
-            raise RuntimeError(f"one process was killed in {self.where()!r}, and {LIMIT:g} s later the other was still there")
+            raise RuntimeError(
+                f"one process was killed in {self.where()!r}, and {LIMIT:g} s later the other was still there"
+            )
         self.other.ended()
         return code
 

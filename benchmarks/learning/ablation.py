@@ -12,6 +12,7 @@ from benchmarks.learning.protocol import score
 from benchmarks.learning.store import Store, among, run_missing
 
 HALF = {"updates_per_collect": 16, "target_sync_steps": 32}
+QUARTER = {**HALF, "prompts_per_collect": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "nothing imagined": {"imagined": 0},
@@ -29,19 +30,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learning rate x 2": {"learning_rate": 2e-4},
     "half the updates": HALF,
     "twice the updates": {"updates_per_collect": 64},
-    "as it was: 2e-5, weight 1, half the updates, neither bound": {
-        **HALF,
+    "as it was: 2e-5, weight 1, a quarter of the updates, neither bound": {
+        **QUARTER,
         "learning_rate": 2e-5,
         "advantage_weight": 1.0,
         "target_kl": None,
         "success_odds": 1e9,
     },
     "batch 32": {"per_device_train_batch_size": 32},
-    "collects of 32, 16 updates each": {
-        "prompts_per_collect": 32,
-        "learning_starts": 32,
-        "updates_per_collect": 16,
-    },
+    "collects of 64, 64 updates each": {"prompts_per_collect": 64, "updates_per_collect": 64},
+    "collects of 64, 32 updates each: as it was before": {"prompts_per_collect": 64},
+    "learning from 32 on": {"learning_starts": 32},
     "beta 0.01": {"beta": 0.01},
     "beta 0.1": {"beta": 0.1},
     "lambda 1": {"lam": 1.0},

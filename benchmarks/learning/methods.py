@@ -44,9 +44,12 @@ def _also(grid: tuple[Settings, ...], more: Settings) -> tuple[Settings, ...]:
     return tuple({**settings, **more} for settings in grid)
 
 
-# llm_dqn acts at 0.3 where answers are right or wrong, so those who need no groups may write as sharply. In a group
-# written at 0.6 GRPO finds less to compare (`benchmarks/LOG.md`).
-SHARPER = ({"temperature": 0.3}, {"temperature": 0.6})
+# llm_dqn acts at 0.3 where answers are right or wrong, so those who need no groups may write as sharply; in a group
+# written at 0.6 GRPO finds less to compare (`benchmarks/LOG.md`). It collects 32 at a time there, so they may as well;
+# 32 and 16 are in the grids of GRPO and RLOO.
+SHARPER: tuple[Settings, ...] = ({"temperature": 0.3}, {"temperature": 0.6})
+SMALLER: tuple[Settings, ...] = ({"completions": 32},)
+FURTHER = (*SHARPER, *SMALLER, *({"completions": 32, **more} for more in SHARPER))
 
 TEXTBOOK = {
     "q_head": "linear",
@@ -57,6 +60,7 @@ TEXTBOOK = {
     "advantage_weight": 0.0,
     "success_share": 0.0,
     "target_kl": None,
+    "prompts_per_collect": 64,
     "updates_per_collect": 16,
     "target_sync_steps": 32,
     "explore": "uniform",
@@ -118,6 +122,7 @@ ONLINE = {
             of_each=[4, 8],
             updates=[4, 16],
         ),
+        SMALLER,
     ),
     "filtered": Method(
         "filtered SFT",
@@ -128,13 +133,13 @@ ONLINE = {
             updates=[4, 16],
             remember=[4, 64],
         ),
-        SHARPER,
+        FURTHER,
     ),
     "reinforce": Method(
         "REINFORCE, running mean, no groups",
         "reinforce",
         _grid({"completions": 64}, learning_rate=[1e-5, 3e-5, 1e-4, 3e-4], iterations=[1, 4, 12]),
-        SHARPER,
+        FURTHER,
     ),
     "textbook": Method(
         "textbook DQN",
