@@ -222,9 +222,7 @@ class Intake(Checkpointed):
             self.learn_to_predict(dyna)
             if not dyna.predicts:
                 return
-            judged, unsure = self.imagined(
-                dyna, self.parts.stream.next_batch(self.share(self.args.prompts_per_collect or PROMPTS)), self.step
-            )
+            judged, unsure = self.imagined(dyna, self.prompts_alone(), self.step)
         facts = sum(e.reward for e in judged), unsure.sum(), (unsure**2).sum(), len(judged)
         total, deviations, squares, count = map(float, self.parts.totals(*facts))
         if not began and dyna.model.skill_at(squares / count) < self.least_skill:
@@ -242,6 +240,10 @@ class Intake(Checkpointed):
     def least_skill(self) -> float:
         """What predictions must explain."""
         return LEAST_OF_GRADES if self.replay.graded else LEAST
+
+    def prompts_alone(self) -> Sequence[Prompt]:
+        """Of a collection where nothing is scored."""
+        return self.parts.stream.next_batch(self.share(self.args.prompts_per_collect or PROMPTS))
 
     def learn_to_predict(self, dyna: Dyna) -> None:
         """From all true rewards that came since the last time, on all processes."""
@@ -277,7 +279,7 @@ class Intake(Checkpointed):
         sharpening = self.sharpening
         if sharpening is None:
             return
-        prompts = self.parts.stream.next_batch(self.share(self.args.prompts_per_collect or PROMPTS))
+        prompts = self.prompts_alone()
         if len(sharpening.own) == 0:
             self.logbook.say("own completions, the likeliest ones, are learned from as well (replay.sharpened)")
         policy, seed = BehaviourPolicy(temperature=SHARP), self.seed_for(SHARPEN, self.step)
