@@ -48,8 +48,7 @@ def _also(grid: tuple[Settings, ...], more: Settings) -> tuple[Settings, ...]:
 # written at 0.6 GRPO finds less to compare (`benchmarks/LOG.md`). It collects 32 at a time there, so they may as well;
 # 32 and 16 are in the grids of GRPO and RLOO.
 SHARPER: tuple[Settings, ...] = ({"temperature": 0.3}, {"temperature": 0.6})
-SMALLER: tuple[Settings, ...] = ({"completions": 32},)
-FURTHER = (*SHARPER, *SMALLER, *({"completions": 32, **more} for more in SHARPER))
+FURTHER = (*SHARPER, *({"completions": 32, **more} for more in ({}, *SHARPER)))
 
 TEXTBOOK = {
     "q_head": "linear",
@@ -122,7 +121,6 @@ ONLINE = {
             of_each=[4, 8],
             updates=[4, 16],
         ),
-        SMALLER,
     ),
     "filtered": Method(
         "filtered SFT",
