@@ -112,9 +112,11 @@ def best(results: Sequence[Result]) -> Settings:
 
 
 def sharper_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
-    """What is tried beside the best of the grid."""
+    """What is tried beside the best of the grid; where a judge grades, no smaller collections, as llm_dqn has none."""
     marks = tuning_cells(plan, task, method)[0].marks
     further = REGIMES[plan.regime].methods[method].then
+    if TASKS[task].graded:
+        further = tuple(more for more in further if "completions" not in more)
     return [Cell(task, plan.regime, method, {**settings, **more}, 0, "tuning", marks) for more in further]
 
 

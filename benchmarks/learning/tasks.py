@@ -37,7 +37,7 @@ class Task:
     to test on, no one in two of them. answers: the completions of a row that are exactly right, where they can be
     listed; their probability has no sampling noise. costs: about how many times as long as the shortest a completion
     takes, with the updates on it; budgets are divided by it. predictable: the rewards of completions nobody scored can
-    be told from those of others.
+    be told from those of others. graded: a judge's grades, of which none comes twice.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Task:
     answers: Callable[[Row], list[str]] | None = None
     costs: int = 1
     predictable: bool = False
+    graded: bool = False
 
     @property
     def train(self) -> list[Row]:
@@ -182,6 +183,7 @@ TASKS = {
             _reviews,
             costs=4,
             predictable=True,
+            graded=True,
         ),
         Task(
             "paths",
@@ -214,6 +216,7 @@ TASKS = {
             _letters,
             costs=4,
             predictable=True,
+            graded=True,
         ),
         Task(
             "sorting",
