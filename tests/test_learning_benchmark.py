@@ -223,7 +223,7 @@ def test_what_is_not_through_its_grid_and_seeds_is_left_out_of_tables(tmp_path):
     assert protocol.finished(plan, kept)["sums"].keys() == {"ours"}
     assert protocol.settled(plan, "sums", "filtered", lambda cells: None) is None
     best = tuning[1].settings
-    for cell in protocol.sharper_cells(plan, "sums", "filtered", best):
+    for cell in protocol.further_cells(plan, "sums", "filtered", best):
         add([cell])  # none is better
     add(protocol.test_cells(plan, "sums", "filtered", tuning[0].settings))
     assert protocol.finished(plan, kept)["sums"].keys() == {"ours"}  # tested as it would not be chosen

@@ -12,7 +12,6 @@ from benchmarks.learning.protocol import score
 from benchmarks.learning.store import Store, among, run_missing
 
 HALF = {"updates_per_collect": 16, "target_sync_steps": 32}
-QUARTER = {**HALF, "prompts_per_collect": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "nothing imagined": {"imagined": 0},
@@ -31,7 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "half the updates": HALF,
     "twice the updates": {"updates_per_collect": 64},
     "as it was: 2e-5, weight 1, a quarter of the updates, neither bound": {
-        **QUARTER,
+        **HALF,
+        "prompts_per_collect": 64,
         "learning_rate": 2e-5,
         "advantage_weight": 1.0,
         "target_kl": None,

@@ -182,8 +182,10 @@ LOGGED_ONLINE = {
     "grpo": Method("filtered SFT on the log, then TRL GRPO", "grpo", _also(ONLINE["grpo"].grid, AFTER_LOGGED)),
     "filtered": Method("filtered SFT", "sft", _also(ONLINE["filtered"].grid, AFTER_LOGGED)),
 }
-STALE = {name: ONLINE[name] for name in ("ours", "ours_tuned", "grpo", "filtered")}
-STALE["filtered"] = replace(STALE["filtered"], then=SHARPER)  # an old writer writes no better for writing less
+STALE = {
+    **{name: ONLINE[name] for name in ("ours", "ours_tuned", "grpo")},
+    "filtered": replace(ONLINE["filtered"], then=SHARPER),  # an old writer writes no better for writing less
+}
 
 
 @dataclass(frozen=True)

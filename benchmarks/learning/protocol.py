@@ -111,7 +111,7 @@ def best(results: Sequence[Result]) -> Settings:
     return max(results, key=lambda one: sum(score(at_mark(one, mark)) for mark in one["marks"]))["settings"]
 
 
-def sharper_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
+def further_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
     """What is tried beside the best of the grid; where a judge grades, no smaller collections, as llm_dqn has none."""
     marks = tuning_cells(plan, task, method)[0].marks
     further = REGIMES[plan.regime].methods[method].then
@@ -134,7 +134,7 @@ def settled(plan: Plan, task: str, method: str, measured: Measured) -> Settings 
     tried = measured(cells)
     if tried is None:
         return None
-    tried = measured([*cells, *sharper_cells(plan, task, method, best(tried))])
+    tried = measured([*cells, *further_cells(plan, task, method, best(tried))])
     return None if tried is None else best(tried)
 
 
