@@ -215,7 +215,9 @@ def test_what_is_not_through_its_grid_and_seeds_is_left_out_of_tables(tmp_path):
     def add(some):
         for number, cell in enumerate(some):
             scores = [0.1 * number] * len(cell.marks)
-            kept.add(cell.key, result(scores, ats=cell.marks) | {"settings": cell.settings, "marks": cell.marks})
+            told = {"settings": cell.settings, "marks": cell.marks, "seed": cell.seed, "part": cell.part}
+            told |= {"task": cell.task, "regime": cell.regime, "method": cell.method}
+            kept.add(cell.key, result(scores, ats=cell.marks) | told)
 
     add(protocol.test_cells(plan, "sums", "ours", {}))
     tuning = protocol.tuning_cells(plan, "sums", "filtered")
@@ -229,6 +231,12 @@ def test_what_is_not_through_its_grid_and_seeds_is_left_out_of_tables(tmp_path):
     assert protocol.finished(plan, kept)["sums"].keys() == {"ours"}  # tested as it would not be chosen
     add(protocol.test_cells(plan, "sums", "filtered", best))
     assert protocol.finished(plan, kept)["sums"].keys() == {"ours", "filtered"}
+
+    add(protocol.test_cells(replace(plan, reference=256), "sums", "filtered", best))  # another budget
+    hindsight = protocol.by_hindsight(plan, kept)["sums"]
+    assert [seeds[0]["settings"] for name, seeds in hindsight.items() if name != "ours"] == [
+        settings for _, settings in sorted((str(cell.settings), cell.settings) for cell in tuning)
+    ]
 
 
 def test_hours_are_those_of_the_cells_that_are_there(tmp_path):

@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.learning import ablation, hours, protocol, summary
 from benchmarks.learning.bases import cache_folder
 from benchmarks.learning.measure import about_base
@@ -29,7 +31,7 @@ from benchmarks.learning.methods import REGIMES
 from benchmarks.learning.protocol import Plan
 from benchmarks.learning.store import Store, workers
 from benchmarks.learning.tasks import SEEN, TASKS, UNSEEN
-from benchmarks.learning.verdicts import share_of_online
+from benchmarks.learning.verdicts import share_of_online, with_hindsight
 from benchmarks.tables import write_table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -55,6 +57,7 @@ AMOUNTS = ("seeds", "configurations", "tuning", "budget", "reference")  # of a p
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # as workers have, so that one of them and two take the same CPU seconds
     options = _options(sys.argv[1:])
     if options.command == "bases":
         for name in options.tasks or TASKS:
@@ -149,10 +152,12 @@ def _measure(options: argparse.Namespace, plan: Plan, store: Store, pool: Execut
     """Runs what is missing, of `table` nothing; writes tables and charts of what is there."""
     quick = options.command == "quick"
     results = protocol.finished(plan, store) if options.command == "table" else protocol.run(plan, store, pool)
-    text = summary.table(plan, results, options.shown.replace(" table", " run"))
+    further: list[str] = []
     if plan.regime == "logged":
-        online = protocol.finished(replace(FULL["online"], tasks=plan.tasks), store)
-        text = "\n".join([text, *share_of_online(results, online)])
+        further = share_of_online(results, protocol.finished(replace(FULL["online"], tasks=plan.tasks), store))
+    elif plan.regime == "online" and not (quick or options.long):
+        further = with_hindsight(plan, protocol.by_hindsight(plan, store))
+    text = summary.table(plan, results, options.shown.replace(" table", " run"), further)
     kind = "long-" * options.long + "unseen-" * options.unseen
     write_table("learning-quick" if quick else f"learning-{kind}{plan.regime}", text)
     files = summary.draw(plan, results, cache_folder("charts") if quick else RESULTS, "long-" * options.long)

@@ -45,8 +45,8 @@ def _seeds(plan: Plan, results: Results) -> str:
     return f"{plan.seeds} seeds" + (f" ({', '.join(dear)}: a quarter of all amounts)" if dear else "")
 
 
-def table(plan: Plan, results: Results, command: str) -> str:
-    """Markdown: how it was measured, a row a task and method, and what the rows come to."""
+def table(plan: Plan, results: Results, command: str, further: Sequence[str] = ()) -> str:
+    """Markdown: how it was measured, a row a task and method, and what the rows come to, with further lines of that."""
     regime = REGIMES[plan.regime]
     unit = "scored completions" if regime.online else f"updates on {regime.logged:,} logged base completions"
     marks = [mark for mark in (256, 1024) if mark < plan.budget] if regime.online else [100]
@@ -76,7 +76,7 @@ def table(plan: Plan, results: Results, command: str) -> str:
             needs = ["", ""] if limits is None else [_needed(seeds, limit) for limit in limits]
             label = f"{REGIMES[plan.regime].methods[method].label} ({_settings(seeds[0])})"
             lines.append(_row("", label, cells, ends, [*needs, f"{np.mean([p['seconds'] for p in ends]):.0f}"]))
-    return "\n".join([*lines, "", *verdicts(plan, results), *extras(plan, results)])
+    return "\n".join([*lines, "", *verdicts(plan, results), *further, *extras(plan, results)])
 
 
 def _row(task: str, label: str, cells: list[str], points: Sequence[dict[str, Any]], rest: list[str]) -> str:

@@ -10,6 +10,7 @@ from benchmarks.learning.methods import REGIMES
 from benchmarks.learning.protocol import Plan, Results, at_mark, is_ours, score
 from benchmarks.learning.search import PARTS
 
+MARKS = ("50 %", "90 %")  # of what the best peer gains, as `figures.thresholds`
 COSTS = (0.0, 0.1, 1.0)  # seconds that a reward call takes
 WITHOUT_GROUPS = ("filtered", "reinforce")
 RULES = {"sample": "any", "value": "V", "log_ratio": "sum of Q - V", "likelihood": "likelihood", "oracle": "the best"}
@@ -20,7 +21,7 @@ def verdicts(plan: Plan, results: Results) -> list[str]:
     lines = []
     for ours in (name for name in plan.methods if is_ours(name)):
         label = REGIMES[plan.regime].methods[ours].label
-        for which, mark in enumerate(("50 %", "90 %")):
+        for which, mark in enumerate(MARKS):
             lines += _ratios(results, ours, which, f"{label}, {mark}: the best peer needs")
         if REGIMES[plan.regime].online:
             alone = {
@@ -72,6 +73,18 @@ def share_of_online(logged: Results, online: Results, ours: str = "ours") -> lis
                 f"{task} {some / all_of_it:.0%} of {all_of_it:.3f} at {online[task][ours][0]['points'][-1]['at']:,}"
             )
     return [f"- Share of the gain of fresh completions: {', '.join(each)}."] if each else []
+
+
+def with_hindsight(plan: Plan, results: Results) -> list[str]:
+    """The ratios if peers were chosen by the test prompts; results: of `protocol.by_hindsight`."""
+    said = "{}, {}, each peer by whichever of its configurations that ran on test prompts is best there: it needs"
+    labels = {ours: REGIMES[plan.regime].methods[ours].label for ours in plan.methods if is_ours(ours)}
+    return [
+        f"- {line}"
+        for ours, label in labels.items()
+        for which, mark in enumerate(MARKS)
+        for line in _ratios(results, ours, which, said.format(label, mark))
+    ]
 
 
 def extras(plan: Plan, results: Results) -> list[str]:
