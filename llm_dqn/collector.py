@@ -18,7 +18,7 @@ from llm_dqn.errors import UserError
 from llm_dqn.evaluation import judged
 from llm_dqn.inputs import inputs_of
 from llm_dqn.memory import writing_batch
-from llm_dqn.policy import FEW_PROMPTS, BehaviourPolicy
+from llm_dqn.policy import PROMPTS, BehaviourPolicy
 from llm_dqn.recipe import DQNConfig, load_recipe, resolve_path
 from llm_dqn.rollout import rollout, verify_generator
 from llm_dqn.types import Episode, Prompt
@@ -141,7 +141,7 @@ class Collector:
     def _segment(self, worker: _Worker, left: int | None) -> int:
         """Writes one; how many completions were scored for it."""
         args = self.args
-        prompts = worker.stream.next_batch(args.prompts_per_collect or FEW_PROMPTS)[:left]
+        prompts = worker.stream.next_batch(args.prompts_per_collect or PROMPTS)[:left]
         seed = stream_seed(args.seed, COLLECTOR, zlib.crc32(worker.name.encode()), worker.number)
         scored = self.actor.write(prompts, self.epsilon, seed, self.version)
         exchange.write_segment(

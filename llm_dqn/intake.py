@@ -118,9 +118,10 @@ class Intake(Checkpointed):
         """Of the next collection, over all processes.
 
         Few of what is right or wrong, or counted: the sooner one comes, the better the policy that writes it. Grades,
-        which push down as well as up, bear no more than half as many steps a call.
+        which push down as well as up, bear no more than half as many steps a call, nor does what collectors elsewhere
+        write by a policy that may be old.
         """
-        few = self.step > 0 and not self.replay.graded
+        few = self.step > 0 and not self.replay.graded and self.shared is None
         return self.args.prompts_per_collect or (FEW_PROMPTS if few else PROMPTS)
 
     def share(self, prompts: int) -> int:

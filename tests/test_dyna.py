@@ -279,6 +279,16 @@ def test_collections_are_half_as_large_once_rewards_are_no_grades(tiny_llama_pat
     assert given.prompts_per_collect == 7
 
 
+def test_collections_stay_as_they_are_where_collectors_elsewhere_write(tiny_llama_path, tmp_path):
+    """What an old policy wrote is not learned from twice as often."""
+    apart = {"collectors": str(tmp_path / "segments")}
+    for others, then in (({}, 32), (apart, 64)):
+        run = trainer(tiny_llama_path, tmp_path / "run", Judge(), prompts_per_collect=None, **others)
+        run.choose_source()
+        first, run.step = run.prompts_per_collect, 1
+        assert (first, run.prompts_per_collect) == (64, then)
+
+
 def test_few_new_rewards_are_judged_with_those_before_them(tiny_llama_path, tmp_path):
     model, draw = trainer(tiny_llama_path, tmp_path, Judge()).parts.dyna, torch.Generator().manual_seed(0)
     for mean in (0.5, 0.46):  # by the last 32 alone true rewards would have fallen

@@ -121,7 +121,6 @@ def train(
             "save_steps": 0,
             "cache": False,  # all methods pay for every completion, repeated ones too
             "seed": seed,
-            **({"temperature": 1.0} if stale else {}),  # as collectors apart from the learner write
             **chosen,
         }
         if logged:

@@ -182,8 +182,11 @@ LOGGED_ONLINE = {
     "grpo": Method("filtered SFT on the log, then TRL GRPO", "grpo", _also(ONLINE["grpo"].grid, AFTER_LOGGED)),
     "filtered": Method("filtered SFT", "sft", _also(ONLINE["filtered"].grid, AFTER_LOGGED)),
 }
+# What the defaults come to where collectors write apart from the learner (`rollout.collectors`).
+APART = {"temperature": 1.0, "prompts_per_collect": 64, "imagined": 0}
 STALE = {
-    **{name: ONLINE[name] for name in ("ours", "ours_tuned", "grpo")},
+    **{name: replace(ONLINE[name], grid=_also(ONLINE[name].grid, APART)) for name in ("ours", "ours_tuned")},
+    "grpo": ONLINE["grpo"],
     "filtered": replace(ONLINE["filtered"], then=SHARPER),  # an old writer writes no better for writing less
 }
 
