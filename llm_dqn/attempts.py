@@ -21,12 +21,16 @@ class Attempts:
     Acting sharply again where that failed would mostly say the same again: with few prompts learning ends there.
     """
 
-    def __init__(self) -> None:
-        self.failed: set[str] = set()
+    def __init__(self, failed: Iterable[str] = ()) -> None:
+        self.failed = set(failed)
 
     def temperatures(self, prompts: Sequence[Prompt], sharp: float) -> list[float]:
         """For each prompt `sharp`, but 1 where that failed the last time."""
         return [1.0 if of_prompt(prompt.ids) in self.failed else sharp for prompt in prompts]
+
+    def failed_of(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Those of these prompts at which it failed the last time."""
+        return [name for name in map(of_prompt, (prompt.ids for prompt in prompts)) if name in self.failed]
 
     @staticmethod
     def at(episodes: Iterable[Episode], least: float) -> list[Attempt]:

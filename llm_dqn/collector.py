@@ -20,7 +20,7 @@ from llm_dqn.inputs import inputs_of
 from llm_dqn.memory import writing_batch
 from llm_dqn.policy import PROMPTS, BehaviourPolicy
 from llm_dqn.recipe import DQNConfig, load_recipe, resolve_path
-from llm_dqn.rollout import rollout, verify_generator
+from llm_dqn.rollout import at_temperatures, rollout, verify_generator
 from llm_dqn.types import Episode, Prompt
 
 AHEAD = 4  # segments that a collector may be ahead of the learner: what is written later is written by a newer policy
@@ -81,14 +81,18 @@ class Actor:
             verify_generator(self.writer, self.inputs.train_prompts)
             self._verified = True
 
-    def write(self, prompts: Sequence[Prompt], epsilon: float, seed: int, version: int) -> list[Episode]:
+    def write(
+        self, prompts: Sequence[Prompt], temperatures: Sequence[float], epsilon: float, seed: int, version: int
+    ) -> list[Episode]:
         """One completion a prompt with its reward; those on which every reward abstained are left out."""
         args = self.args
-        temperature = 1.0 if args.temperature is None else args.temperature
-        policy = BehaviourPolicy(temperature, args.top_k, args.top_p, args.min_p, epsilon, args.explore)
 
         def attempt(rows: int) -> list[Episode]:
-            return rollout(replace(self.writer, batch_size=rows), prompts, policy, seed, policy_version=version)
+            def write(some: list[Prompt], temperature: float) -> list[Episode]:
+                policy = BehaviourPolicy(temperature, args.top_k, args.top_p, args.min_p, epsilon, args.explore)
+                return rollout(replace(self.writer, batch_size=rows), some, policy, seed, policy_version=version)
+
+            return at_temperatures(prompts, temperatures, write)
 
         return judged(self.inputs.rewards, self.batch.run(attempt, len(prompts)))
 
@@ -143,7 +147,9 @@ class Collector:
         args = self.args
         prompts = worker.stream.next_batch(args.prompts_per_collect or PROMPTS)[:left]
         seed = stream_seed(args.seed, COLLECTOR, zlib.crc32(worker.name.encode()), worker.number)
-        scored = self.actor.write(prompts, self.epsilon, seed, self.version)
+        # what a policy that may be old finds likeliest is not worth a call
+        temperatures = [1.0 if args.temperature is None else args.temperature] * len(prompts)
+        scored = self.actor.write(prompts, temperatures, self.epsilon, seed, self.version)
         exchange.write_segment(
             self.into, worker.name, worker.number, len(prompts), scored, worker.run, self.actor.vocabulary
         )

@@ -32,7 +32,8 @@ IMAGINE, SHARPEN = 6, 7  # names of random streams, beside those of the trainer
 # Share of the rewards' variance that predictions must explain. Where successes are imitated, what is taken for one must
 # mostly be one; grades are shrunk towards their mean by what is not known, and weigh less.
 LEAST, LEAST_OF_GRADES = 0.6, 0.2
-Source = Callable[[], tuple[int, list[Episode]]]  # (how many completions were written, those that got a reward)
+# (how many completions were written, those that got a reward, whether the policy acted sharply, as far as known here)
+Source = Callable[[], tuple[int, list[Episode], bool]]
 
 
 class Intake(Checkpointed):
@@ -66,10 +67,16 @@ class Intake(Checkpointed):
             return None
         return SHARP if different == 2 else MILD if self.replay.rewards_repeat else None
 
+    @property
+    def temperature(self) -> float:
+        """Of the acting policy, at prompts where acting sharply has not failed."""
+        given = 1.0 if self.args.temperature is None else self.args.temperature
+        return given if self.sharp is None else self.sharp
+
     def temperatures(self, prompts: Sequence[Prompt]) -> list[float]:
         """Of the acting policy at each of these prompts."""
         if self.sharp is None:
-            return [1.0 if self.args.temperature is None else self.args.temperature] * len(prompts)
+            return [self.temperature] * len(prompts)
         return self.attempts.temperatures(prompts, self.sharp)
 
     def write(self, prompts: Sequence[Prompt], policy: BehaviourPolicy, seed: int) -> list[Episode]:
@@ -83,7 +90,7 @@ class Intake(Checkpointed):
         Right and wrong tell. Who acts sharply on a part of an answer, or on what predictions make of it, would not find
         the rest: there it is every other time.
         """
-        if self.args.temperature is not None or self.apart:
+        if self.args.temperature is not None:
             return
         made: list[Attempt] = []
         if sharp and self.replay.different_rewards == 2 and not self.replay.imagined:
@@ -310,8 +317,8 @@ class Intake(Checkpointed):
 
     # --- from collectors elsewhere ----------------------------------------------------------------------------------
 
-    def take_in(self) -> tuple[int, list[Episode]]:
-        """How many completions collectors had scored, and those of them that are young enough to learn from."""
+    def take_in(self) -> tuple[int, list[Episode], bool]:
+        """What collectors had scored, as far as it is young enough to learn from; they never act sharply."""
         assert self.shared is not None
         self.publish()
         args, world = self.args, self.processes.world
@@ -321,7 +328,7 @@ class Intake(Checkpointed):
             raise Stopped(self.stop.exit_code)
         for age in taken.ages:
             self.logbook.add("replay/staleness", float(age))
-        return taken.scored, taken.episodes
+        return taken.scored, taken.episodes, False
 
     def publish(self) -> None:
         """Shows the policy to collectors, where there are any."""
@@ -330,7 +337,7 @@ class Intake(Checkpointed):
 
     # --- from collectors of this run's own --------------------------------------------------------------------------
 
-    def take_ahead(self) -> tuple[int, list[Episode]]:
+    def take_ahead(self) -> tuple[int, list[Episode], bool]:
         """What was asked for `rollout.overlap` collections ago. What nobody was asked for is written here.
 
         That is the first collection, while the collectors start.
@@ -339,13 +346,13 @@ class Intake(Checkpointed):
         if self.overlap.orders:
             self.order(taking=1)
             order, episodes = self.overlap.take()
-            written = order.completions
+            written, sharp = order.completions, order.temperature != 1  # of no matter where one is given
         else:
-            written, episodes = self.write_and_score()
+            written, episodes, sharp = self.write_and_score()
             self.order(written=written)
         for episode in episodes:
             self.logbook.add("replay/staleness", float(self.step - episode.policy_version))
-        return written, episodes
+        return written, episodes, sharp
 
     def order(self, taking: int = 0, written: int = 0) -> None:
         """Asks for the segments of the next collections, never more than will be taken or the budget allows.
@@ -362,7 +369,9 @@ class Intake(Checkpointed):
             completions = min(draw * args.num_generations, left)
             if completions <= 0:
                 break
-            stream.next_batch(draw)
+            failed = self.attempts.failed_of(stream.next_batch(draw))
+            everyone = self.processes.gather((self.temperature, failed))
+            acting = everyone[0][0], sorted({prompt for _, some in everyone for prompt in some})
             scored = self.scored_completions + ahead * self.processes.world
-            order = Order(self.overlap.next, self.step, self.epsilon, position, draw, completions, scored)
+            order = Order(self.overlap.next, self.step, self.epsilon, *acting, position, draw, completions, scored)
             self.overlap.place(order, gathered(self.network.checkpoint_state()))

@@ -17,6 +17,7 @@ import torch
 
 from llm_dqn import data, exchange
 from llm_dqn.assembly import stream_seed
+from llm_dqn.attempts import Attempts
 from llm_dqn.collector import Actor
 from llm_dqn.errors import RunError, UserError
 from llm_dqn.inputs import inputs_of
@@ -46,7 +47,8 @@ def work(run: Path, folder: Path, index: int, count: int, rank: int, world: int,
             stream.load_state_dict(order.prompts)
             prompts = stream.next_batch(order.draw)[: order.completions]
             seed = stream_seed(args.seed, COLLECT, order.scored, rank)
-            episodes = actor.write(prompts, order.epsilon, seed, order.step)
+            temperatures = Attempts(order.failed).temperatures(prompts, order.temperature)
+            episodes = actor.write(prompts, temperatures, order.epsilon, seed, order.step)
             exchange.write_segment(folder, name, order.number, len(prompts), episodes, digest, actor.vocabulary)
     finally:
         inputs.rewards.close()

@@ -124,8 +124,7 @@ class RolloutSection(Section):
     )
     prompts_per_collect: Annotated[Int, Field(ge=1)] | None = Field(
         default=None,
-        description="Prompts of one collection, over all processes; null = 64 first, where a judge grades and where "
-        "collectors write, else 32.",
+        description="Prompts of one collection; null = 64 first, where a judge grades or collectors write, else 32.",
     )
     max_completion_length: Annotated[Int, Field(ge=1)] = Field(
         default=64, description="Length cap of a completion, in tokens."

@@ -15,7 +15,7 @@ from llm_dqn.policy import BehaviourPolicy, sampled
 from llm_dqn.replay import collate_tokens
 from llm_dqn.types import Episode, Prompt
 
-__all__ = ["Writer", "describe", "rollout", "verify_generator"]
+__all__ = ["Writer", "at_temperatures", "describe", "rollout", "verify_generator"]
 
 
 def rollout(
@@ -52,6 +52,17 @@ def rollout(
             described = describe(writer, asked[part], [ids for ids, _ in written[part]], told)
             episodes.update(zip(rows[part], described, strict=True))
     return [replace(episodes[row], policy_version=policy_version) for row in range(len(prompts))]
+
+
+def at_temperatures(
+    prompts: Sequence[Prompt], temperatures: Sequence[float], write: Callable[[list[Prompt], float], list[Episode]]
+) -> list[Episode]:
+    """One episode a prompt, in the order of `prompts`; `write` is asked once for all prompts of a temperature."""
+    found: dict[int, Episode] = {}
+    for temperature in sorted(set(temperatures)):
+        rows = [row for row, its_own in enumerate(temperatures) if its_own == temperature]
+        found |= zip(rows, write([prompts[row] for row in rows], temperature), strict=True)
+    return [found[row] for row in range(len(prompts))]
 
 
 def describe(

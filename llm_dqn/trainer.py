@@ -27,11 +27,11 @@ from llm_dqn.numerics import NonFiniteSteps, QAlarm
 from llm_dqn.policy import BehaviourPolicy
 from llm_dqn.processes import Processes
 from llm_dqn.recipe import DQNConfig, Recipe
-from llm_dqn.rollout import Writer, verify_generator
+from llm_dqn.rollout import Writer, at_temperatures, verify_generator
 from llm_dqn.sharding import adapters_whole, whole
 from llm_dqn.signals import StopRequest
 from llm_dqn.trust_region import LOOK_STEPS, MOST_LOOK_STEPS, behaviour_kl
-from llm_dqn.types import Episode, PrefixBatch, TDTarget, joined
+from llm_dqn.types import Episode, PrefixBatch, Prompt, TDTarget, joined
 
 T = TypeVar("T")
 COLLECT, REPLAY, EVALUATE, DROPOUT = 1, 2, 3, 4  # names of the random streams
@@ -189,8 +189,7 @@ class DQNTrainer(Intake):
             if self.budget_left == 0:
                 break
             started = time.perf_counter()
-            sharp = self.sharp is not None
-            written, episodes = self.source()
+            written, episodes, sharp = self.source()
             self.replay.add(episodes)
             self.learn_from_attempts(episodes, sharp)
             fresh += episodes
@@ -213,12 +212,12 @@ class DQNTrainer(Intake):
         steps = self.args.updates_per_collect * (1 + more)
         self.collected_at, self.collect_at, self.look_at = self.step, self.step + steps, self.step + LOOK_STEPS
 
-    def write_and_score(self) -> tuple[int, list[Episode]]:
-        """(how many completions were written, those that got a reward), on this process."""
-        before = self.parts.stream.state_dict()
+    def write_and_score(self) -> tuple[int, list[Episode], bool]:
+        """As `intake.Source`, on this process."""
+        before, sharp = self.parts.stream.state_dict(), self.sharp is not None
         try:
             with whole(self.network):
-                return self.judges.after(self.rollout, self.score)
+                return (*self.judges.after(self.rollout, self.score), sharp)
         except StepFailed:
             self.parts.stream.load_state_dict(before)  # the same prompts come again
             raise
@@ -227,13 +226,13 @@ class DQNTrainer(Intake):
         """Fresh completions by the epsilon-greedy behaviour policy."""
         args = self.args
         prompts = self.parts.stream.next_batch(self.share(self.prompts_per_collect))[: self.budget_left]
-        temperatures, seed = self.temperatures(prompts), self.seed_for(COLLECT, self.scored_completions)
-        found: dict[int, Episode] = {}
-        for temperature in sorted(set(temperatures)):
+        seed = self.seed_for(COLLECT, self.scored_completions)
+
+        def write(some: list[Prompt], temperature: float) -> list[Episode]:
             policy = BehaviourPolicy(temperature, args.top_k, args.top_p, args.min_p, self.epsilon, args.explore)
-            rows = [row for row, its_own in enumerate(temperatures) if its_own == temperature]
-            found |= zip(rows, self.write([prompts[row] for row in rows], policy, seed), strict=True)
-        return [found[row] for row in range(len(prompts))]
+            return self.write(some, policy, seed)
+
+        return at_temperatures(prompts, self.temperatures(prompts), write)
 
     def score(self, episodes: list[Episode]) -> list[Episode]:
         """What the rewards say; completions on which all of them abstained are left out."""

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 
-from llm_dqn import checkpoint, exchange
+from llm_dqn import checkpoint, exchange, overlap_worker
+from llm_dqn.attempts import of_prompt
 from llm_dqn.errors import StepFailed, UserError
+from llm_dqn.exchange import Order
+from llm_dqn.policy import SHARP, greedy
 from llm_dqn.preflight import preflight
 from llm_dqn.recipe import RecipeError, load_recipe
+from llm_dqn.rollout import rollout
 from llm_dqn.trainer import DQNTrainer
 from llm_dqn.trust_region import LOOK_STEPS
+from llm_dqn.types import Episode
 from tests import collecting_worker as two
 from tests.faults.runs import WEIGHTS, equal_checkpoints, logged, start, wait_for
 from tests.test_trainer import metrics, trainer
@@ -112,6 +117,51 @@ def test_a_policy_that_has_moved_asks_for_completions_earlier(judge, tmp_path):
     assert (run.step, run.scored_completions) == (5 * LOOK_STEPS, BUDGET)
     ages = [line["replay/staleness"] for line in metrics(tmp_path / "run") if "replay/staleness" in line]
     assert ages == [0, *[LOOK_STEPS] * 4]
+
+
+RIGHT_OR_WRONG = """
+def right(completions, **columns):
+    return [float(len(text) % 2) for text in completions]
+"""
+
+
+def test_collectors_are_told_where_to_act_sharply(tmp_path):
+    """By the rule that holds without them, as far as the learner knows it when it asks."""
+    (tmp_path / "judge.py").write_text(RIGHT_OR_WRONG.replace("right", "length"))
+    run, orders = learner(tmp_path / "run", "train.max_scored_completions=160"), []
+    place = run.overlap.place
+    run.overlap.place = lambda order, tensors: (orders.append(order), place(order, tensors))
+    run.train()
+    assert run.replay.different_rewards == 2
+    assert [order.temperature for order in orders] == [
+        1.0,
+        SHARP,
+        SHARP,
+        SHARP,
+    ]  # the first is asked for before anything is learned
+    assert [bool(order.failed) for order in orders] == [False, False, False, True]  # 29 prompts: they come again
+
+
+def test_a_collector_acts_sharply_but_where_that_failed(judge, tmp_path, monkeypatch):
+    run = learner(tmp_path / "run", "train.max_scored_completions=32")
+    run.train()
+    folder, position = tmp_path / "orders", run.parts.stream.state_dict()
+    prompts = run.parts.stream.next_batch(12)
+    failed = [of_prompt(prompt.ids) for prompt in prompts[::2]]
+    online = {name: value for name, value in run.network.checkpoint_state().items() if not name.startswith("target")}
+    folder.mkdir()
+    exchange.place_order(folder, Order(0, 7, 0.0, 1e-6, failed, position, 12, 12, 0), online)
+    found: list[Episode] = []
+
+    def kept(folder: Path, name: str, number: int, scored: int, episodes: list[Episode], *_: Any) -> None:
+        found.extend(episodes)
+        (folder / exchange.FINISHED).touch()
+
+    monkeypatch.setattr(exchange, "write_segment", kept)
+    overlap_worker.work(tmp_path / "run", folder, 0, 1, 0, 1, "cpu")
+    likeliest = rollout(run.parts.writer, prompts, greedy(), seed=0)
+    same = [one.completion == other.completion for one, other in zip(found, likeliest, strict=True)]
+    assert all(same[1::2]) and not all(same[::2])
 
 
 def test_a_collector_that_fails_ends_the_run_which_is_saved(judge, tmp_path, monkeypatch):
