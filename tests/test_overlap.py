@@ -73,6 +73,21 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+def stopped_at(run: DQNTrainer, step: int) -> None:
+    """Trains up to a step in which somebody presses Ctrl-C."""
+    update = run.update
+
+    def interrupted(*given: Any) -> None:
+        if run.step == step:
+            signal.raise_signal(signal.SIGINT)
+        update(*given)
+
+    run.update = interrupted
+    with pytest.raises(SystemExit) as stopped:
+        run.train()
+    assert stopped.value.code == 130
+
+
 def test_the_budget_is_exact_and_a_stopped_run_goes_on_exactly(judge, tmp_path):
     """Also what was written ahead is asked for once. The first collection is the learner's own, as without overlap."""
     report = learner(tmp_path / "whole").train()
@@ -88,17 +103,7 @@ def test_the_budget_is_exact_and_a_stopped_run_goes_on_exactly(judge, tmp_path):
 
     judge.unlink()
     cut = learner(tmp_path / "cut")
-    update = cut.update
-
-    def interrupted(*given: Any) -> None:
-        if cut.step == 2 * STEPS + 1:
-            signal.raise_signal(signal.SIGINT)
-        update(*given)
-
-    cut.update = interrupted
-    with pytest.raises(SystemExit) as stopped:
-        cut.train()
-    assert stopped.value.code == 130
+    stopped_at(cut, 2 * STEPS + 1)
     assert len(exchange.segments(tmp_path / "cut" / "overlap")) == 1  # it was finished, for the next half
     learner(tmp_path / "cut").train(resume=True)
     calls = asked(judge)
@@ -162,6 +167,17 @@ def test_a_collector_acts_sharply_but_where_that_failed(judge, tmp_path, monkeyp
     likeliest = rollout(run.parts.writer, prompts, greedy(), seed=0)
     same = [one.completion == other.completion for one, other in zip(found, likeliest, strict=True)]
     assert all(same[1::2]) and not all(same[::2])
+
+
+def test_rewards_are_predicted_of_what_collectors_write_too(judge, tmp_path):
+    """Of what the learner imagines itself; a run that was stopped goes on with it exactly."""
+    more = ["replay.imagined=1", "rollout.prompts_per_collect=64", "train.max_scored_completions=256"]
+    whole = learner(tmp_path / "whole", *more)
+    whole.train()
+    assert whole.replay.imagined and whole.scored_completions == 256
+    stopped_at(learner(tmp_path / "cut", *more), whole.step // 2)
+    learner(tmp_path / "cut", *more).train(resume=True)
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
 def test_a_collector_that_fails_ends_the_run_which_is_saved(judge, tmp_path, monkeypatch):
