@@ -179,20 +179,20 @@ def read_policy(folder: Path) -> Policy:
 class Order:
     """One segment that is to be written, by a policy that lies beside it. A collector needs to know nothing else.
 
-    number: of the segment. step: of the policy. temperature: of acting, but 1 at those of the prompts that are among
-    `failed`, as `Attempts` names them. prompts: where the stream of prompts stands, of which `draw` are to be
+    number: of the segment. step: of the policy. prompts: where the stream of prompts stands, of which `draw` are to be
     continued, in at most `completions` completions. scored: completions that were scored before, which key the seed.
+    temperature: of acting, but 1 at those of the prompts that are among `failed`, as `Attempts` names them.
     """
 
     number: int
     step: int
     epsilon: float
-    temperature: float
-    failed: list[str]
     prompts: dict[str, int]
     draw: int
     completions: int
     scored: int
+    temperature: float = 1.0  # in checkpoints from before orders told it
+    failed: Sequence[str] = ()
 
 
 def place_order(folder: Path, order: Order, tensors: Mapping[str, Tensor]) -> str:

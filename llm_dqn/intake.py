@@ -373,5 +373,5 @@ class Intake(Checkpointed):
             everyone = self.processes.gather((self.temperature, failed))
             acting = everyone[0][0], sorted({prompt for _, some in everyone for prompt in some})
             scored = self.scored_completions + ahead * self.processes.world
-            order = Order(self.overlap.next, self.step, self.epsilon, *acting, position, draw, completions, scored)
+            order = Order(self.overlap.next, self.step, self.epsilon, position, draw, completions, scored, *acting)
             self.overlap.place(order, gathered(self.network.checkpoint_state()))

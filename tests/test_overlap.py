@@ -155,7 +155,7 @@ def test_a_collector_acts_sharply_but_where_that_failed(judge, tmp_path, monkeyp
     failed = [of_prompt(prompt.ids) for prompt in prompts[::2]]
     online = {name: value for name, value in run.network.checkpoint_state().items() if not name.startswith("target")}
     folder.mkdir()
-    exchange.place_order(folder, Order(0, 7, 0.0, 1e-6, failed, position, 12, 12, 0), online)
+    exchange.place_order(folder, Order(0, 7, 0.0, position, 12, 12, 0, 1e-6, failed), online)
     found: list[Episode] = []
 
     def kept(folder: Path, name: str, number: int, scored: int, episodes: list[Episode], *_: Any) -> None:
