@@ -160,7 +160,7 @@ class Intake(Checkpointed):
         """While the run learns. Afterwards collectors are told to finish, or ended where it did not come to its end."""
         if self.shared is not None:
             self.shared.open()
-            self.logbook.say("collectors write the completions: this run does not repeat bit for bit")
+            self.logbook.say("collectors write: this run does not repeat bit for bit, and imagines no completions")
         if self.overlap is None:
             yield
         else:
