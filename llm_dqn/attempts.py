@@ -30,7 +30,7 @@ class Attempts:
 
     def failed_of(self, prompts: Sequence[Prompt]) -> list[str]:
         """Those of these prompts at which it failed the last time."""
-        return [name for name in map(of_prompt, (prompt.ids for prompt in prompts)) if name in self.failed]
+        return [name for name in (of_prompt(prompt.ids) for prompt in prompts) if name in self.failed]
 
     @staticmethod
     def at(episodes: Iterable[Episode], least: float) -> list[Attempt]:
