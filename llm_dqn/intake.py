@@ -192,14 +192,19 @@ class Intake(Checkpointed):
 
     # --- imagined ---------------------------------------------------------------------------------------------------
 
+    @property
+    def dyna(self) -> Dyna | None:
+        """Who imagines; None where nobody is to, and where collectors elsewhere write."""
+        return None if self.shared is not None else self.parts.dyna
+
     def imagine(self, scored: Sequence[Episode]) -> int:
         """Adds completions of the same prompts whose rewards are predicted, `dyna.per_scored` for each scored one.
 
         Returns how many times the steps are to be added for them: of grades as many times, else once. Nothing is added,
         and 0 returned, where rewards cannot be predicted well enough, and where collectors elsewhere write.
         """
-        dyna = self.parts.dyna
-        if dyna is None or self.shared is not None:
+        dyna = self.dyna
+        if dyna is None:
             return 0
         began = dyna.predicts
         with whole(self.network):
@@ -222,7 +227,7 @@ class Intake(Checkpointed):
 
     def imagine_alone(self) -> None:
         """Where nothing is scored: adds a collection whose rewards are predicted, and looks at what they promise."""
-        dyna = self.parts.dyna
+        dyna = self.dyna
         if dyna is None:
             return
         began = dyna.predicts

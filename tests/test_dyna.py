@@ -289,6 +289,19 @@ def test_collections_stay_as_they_are_where_collectors_elsewhere_write(tiny_llam
         assert (first, run.prompts_per_collect) == (64, then)
 
 
+def test_nothing_is_imagined_where_collectors_elsewhere_write(tiny_llama_path, tmp_path, always):
+    """Neither beside what they wrote nor where nothing came."""
+    run = learned(tiny_llama_path, tmp_path / "run")
+    assert run.parts.dyna.predicts
+    known, scored = len(run.replay), run.score(run.rollout())
+    run.shared = object()
+    run.write_alone()
+    assert run.imagine(scored) == 0 and len(run.replay) == known
+    run.shared = None
+    run.write_alone()
+    assert len(run.replay) > known
+
+
 def test_few_new_rewards_are_judged_with_those_before_them(tiny_llama_path, tmp_path):
     model, draw = trainer(tiny_llama_path, tmp_path, Judge()).parts.dyna, torch.Generator().manual_seed(0)
     for mean in (0.5, 0.46):  # by the last 32 alone true rewards would have fallen
