@@ -233,7 +233,7 @@ def test_what_is_not_through_its_grid_and_seeds_is_left_out_of_tables(tmp_path):
     assert protocol.finished(plan, kept)["sums"].keys() == {"ours", "filtered"}
 
     add(protocol.test_cells(replace(plan, reference=256), "sums", "filtered", best))  # another budget
-    hindsight = protocol.by_hindsight(plan, kept)["sums"]
+    hindsight = protocol.by_hindsight(plan, protocol.finished(plan, kept), kept)["sums"]
     assert [seeds[0]["settings"] for name, seeds in hindsight.items() if name != "ours"] == [
         settings for _, settings in sorted((str(cell.settings), cell.settings) for cell in tuning)
     ]

@@ -125,25 +125,21 @@ def test_a_policy_that_has_moved_asks_for_completions_earlier(judge, tmp_path):
 
 
 RIGHT_OR_WRONG = """
-def right(completions, **columns):
+def length(completions, **columns):
     return [float(len(text) % 2) for text in completions]
 """
 
 
 def test_collectors_are_told_where_to_act_sharply(tmp_path):
     """By the rule that holds without them, as far as the learner knows it when it asks."""
-    (tmp_path / "judge.py").write_text(RIGHT_OR_WRONG.replace("right", "length"))
+    (tmp_path / "judge.py").write_text(RIGHT_OR_WRONG)
     run, orders = learner(tmp_path / "run", "train.max_scored_completions=160"), []
     place = run.overlap.place
     run.overlap.place = lambda order, tensors: (orders.append(order), place(order, tensors))
     run.train()
     assert run.replay.different_rewards == 2
-    assert [order.temperature for order in orders] == [
-        1.0,
-        SHARP,
-        SHARP,
-        SHARP,
-    ]  # the first is asked for before anything is learned
+    # the first is asked for before anything is learned
+    assert [order.temperature for order in orders] == [1.0, SHARP, SHARP, SHARP]
     assert [bool(order.failed) for order in orders] == [False, False, False, True]  # 29 prompts: they come again
 
 

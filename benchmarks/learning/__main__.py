@@ -156,7 +156,7 @@ def _measure(options: argparse.Namespace, plan: Plan, store: Store, pool: Execut
     if plan.regime == "logged":
         further = share_of_online(results, protocol.finished(replace(FULL["online"], tasks=plan.tasks), store))
     elif plan.regime == "online" and not quick:
-        further = with_hindsight(plan, protocol.by_hindsight(plan, store))
+        further = with_hindsight(plan, protocol.by_hindsight(plan, results, store))
     text = summary.table(plan, results, options.shown.replace(" table", " run"), further)
     kind = "long-" * options.long + "unseen-" * options.unseen
     write_table("learning-quick" if quick else f"learning-{kind}{plan.regime}", text)

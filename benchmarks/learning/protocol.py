@@ -165,23 +165,24 @@ def finished(plan: Plan, store: Store) -> Results:
     return _by_task(pairs, [through(plan, task, method, measured) for task, method in pairs])
 
 
-def by_hindsight(plan: Plan, store: Store) -> Results:
-    """As `finished`, but every configuration of a peer that has been through all test runs stands for itself, chosen on
+def by_hindsight(plan: Plan, results: Results, store: Store) -> Results:
+    """As `results`, but every configuration of a peer that has been through all test runs stands for itself, chosen on
     tuning prompts or not: what peers would come to if they were chosen by the very prompts they are measured on.
     """
     tested = [row for row in store.read().values() if row["regime"] == plan.regime and row["part"] == "test"]
-    results = finished(plan, store)
+    found: Results = {}
     for task, methods in results.items():
-        for method in [name for name in methods if not is_ours(name)]:
-            marks = methods.pop(method)[0]["marks"]
+        found[task] = {name: each for name, each in methods.items() if is_ours(name)}
+        for method in (name for name in methods if not is_ours(name)):
+            marks = methods[method][0]["marks"]
             seeds: dict[str, dict[int, Result]] = {}
             for row in tested:
                 if (row["task"], row["method"], row["marks"]) == (task, method, marks):
                     seeds.setdefault(json.dumps(row["settings"], sort_keys=True), {})[row["seed"]] = row
             for settings, rows in sorted(seeds.items()):
                 if set(range(plan.seeds)) <= rows.keys():
-                    methods[f"{method} {settings}"] = [rows[seed] for seed in range(plan.seeds)]
-    return results
+                    found[task][f"{method} {settings}"] = [rows[seed] for seed in range(plan.seeds)]
+    return found
 
 
 def run_by(store: Store, pool: Executor | None = None) -> Measured:
