@@ -19,12 +19,13 @@ from llm_dqn.early_stopping import EarlyStopping, HeldOut
 from llm_dqn.errors import UserError
 from llm_dqn.heads import HeadSettings
 from llm_dqn.launch import accelerator_for
-from llm_dqn.logged import fill_from_log, kept_apart, least_imitated, mean_reward
+from llm_dqn.logged import IMITATED_OF_LOG, fill_from_log, kept_apart, least_imitated, mean_reward
 from llm_dqn.network import Backup, QNetwork
 from llm_dqn.objective import LossRule, Objective
 from llm_dqn.recipe import FLAT_SECTIONS, DQNConfig, Recipe, dump_recipe, with_resolved_paths
 from llm_dqn.reduction import share_from_first
 from llm_dqn.replay import PrefixReplay, SamplingRule
+from llm_dqn.reward_kinds import IMITATED
 from llm_dqn.rewards import Rewards, load_reward
 from llm_dqn.rollout import Writer
 from llm_dqn.sharding import is_share, shard_over
@@ -148,9 +149,10 @@ def assemble(args: DQNConfig, inputs: Inputs) -> Parts:
     scratch = Path(args.output_dir, f".replay-{rank:05d}.segment") if args.storage == "disk" else None
     vocabulary = models.vocabulary_hash(inputs.tokenizer)
     memory = PrefixReplay(args.capacity, args.gamma, args.truncated, vocabulary, scratch=scratch)
+    memory.imitated_share = args.imitated_share or IMITATED
     logged, kept = inputs.logged, inputs.logged[:0]
     if logged and args.log_alone:  # new completions need no watching, and are better and better
-        least = memory.least_logged = least_imitated(logged, args.imitated_share)
+        least = memory.least_logged = least_imitated(logged, args.imitated_share or IMITATED_OF_LOG)
         logged, kept = kept_apart(logged, args.held_out_share, stream_seed(args.seed, HOLD_OUT), least)
     fill_from_log(memory, writer, logged[rank::world])
     held_out = sharpening = None

@@ -18,6 +18,7 @@ from llm_dqn.losses import signed_weights
 from llm_dqn.overlap import Overlap
 from llm_dqn.policy import FEW_PROMPTS, MILD, PROMPTS, SHARP, BehaviourPolicy, sampled
 from llm_dqn.recipe import DQNConfig
+from llm_dqn.reward_kinds import MARGIN, RewardKinds
 from llm_dqn.reward_scale import reward_scale
 from llm_dqn.rollout import rollout
 from llm_dqn.sharding import gathered, whole
@@ -27,7 +28,6 @@ from llm_dqn.signals import Stopped, StopRequest
 from llm_dqn.trainer_state import Checkpointed
 from llm_dqn.types import Episode, PrefixBatch, Prompt
 
-FEWEST_GRADES = 8  # different rewards of the first collection, and half of all, that make them grades
 IMAGINE, SHARPEN = 6, 7  # names of random streams, beside those of the trainer
 # Share of the rewards' variance that predictions must explain. Where successes are imitated, what is taken for one must
 # mostly be one; grades are shrunk towards their mean by what is not known, and weigh less.
@@ -62,10 +62,10 @@ class Intake(Checkpointed):
         Where an answer is right or wrong, what the policy finds likeliest is worth a call. Where rewards are counted it
         acts mildly. Where a judge grades, or a temperature is given, it does not, nor before anything was learned.
         """
-        different = self.replay.different_rewards if self.step > 0 else 0
-        if self.args.temperature is not None or different < 2:
+        kinds = self.replay.kinds
+        if self.args.temperature is not None or self.step == 0 or len(kinds.values) < 2:
             return None
-        return SHARP if different == 2 else MILD if self.replay.rewards_repeat else None
+        return SHARP if kinds.right_or_wrong else MILD if kinds.repeat else None
 
     @property
     def temperature(self) -> float:
@@ -93,7 +93,7 @@ class Intake(Checkpointed):
         if self.args.temperature is not None:
             return
         made: list[Attempt] = []
-        if sharp and self.replay.different_rewards == 2 and not self.replay.imagined:
+        if sharp and self.replay.kinds.right_or_wrong and not self.replay.imagined:
             made = self.attempts.at(episodes, self.replay.rewards.mean())
         elif sharp:
             made = self.attempts.in_turn(episodes)
@@ -108,9 +108,14 @@ class Intake(Checkpointed):
         return first if args.negative_half_life is None else first * 2 ** (-self.step / args.negative_half_life)
 
     def weights(self, advantages: Tensor, batch: PrefixBatch) -> Tensor:
-        """(B, T) what the advantage term makes of each action: nothing of logged episodes that are not imitated."""
-        imitable = torch.from_numpy(self.replay.imitable(batch.slots.cpu().numpy())).to(advantages.device)
-        return signed_weights(advantages * imitable[:, None], self.negative_weight)
+        """(B, T) what the advantage term makes of each action: nothing of episodes that are not imitated.
+
+        Where only the best are, so is what is clearly better than V expects of its prompt, which may be a hard one.
+        """
+        imitated = torch.from_numpy(self.replay.imitable(batch.slots.cpu().numpy())).to(advantages.device)
+        if self.replay.holds_to_the_best:
+            imitated |= advantages[:, 0] >= MARGIN * float(self.replay.rewards.std())
+        return signed_weights(advantages * imitated[:, None], self.negative_weight)
 
     @property
     def budget_left(self) -> int:
@@ -183,12 +188,21 @@ class Intake(Checkpointed):
 
     def see_first_rewards(self) -> None:
         """Values start at the mean reward of the first collection, which also tells what kind of rewards these are."""
-        sums = self.replay.rewards.sum(), self.replay.different_rewards, len(self.replay)
-        rewards, different, count = self.parts.totals(*sums)
-        self.network.start_values_at(float(rewards / count))
-        known, self.replay.graded = self.replay.graded, bool(different >= max(FEWEST_GRADES, count / 2))
+        total, count = self.parts.totals(self.replay.rewards.sum(), len(self.replay))
+        self.network.start_values_at(float(total / count))
+        everyone = [reward for part in self.processes.gather(self.replay.rewards.tolist()) for reward in part]
+        known, kinds = self.replay.graded, RewardKinds.of(everyone)
+        self.replay.graded, self.replay.best_alone = kinds.grades, kinds.best_alone
         if self.replay.graded and not known and self.args.negative_weight is None:
             self.logbook.say("rewards are grades: low ones are learned from as well (dqn.negative_weight)")
+
+    def see_rewards(self) -> None:
+        """What passed for grades while nothing was right may turn out to be right and wrong."""
+        if self.step == 0:
+            self.see_first_rewards()
+        elif self.replay.graded and self.parts.totals(not self.replay.kinds.right_or_wrong) == 0:
+            self.replay.graded = False
+            self.logbook.say("rewards are right or wrong, and no grades: what is right is imitated")
 
     # --- imagined ---------------------------------------------------------------------------------------------------
 

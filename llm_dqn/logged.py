@@ -10,10 +10,12 @@ import torch
 
 from llm_dqn.data import LoggedRow
 from llm_dqn.replay import PrefixReplay
+from llm_dqn.reward_kinds import RewardKinds
 from llm_dqn.rollout import Writer, describe
 
 FEWEST = 8  # episodes worth imitating, held out at least
 SPARED = 4  # times as many such episodes must there be that prompts are added to find those
+IMITATED_OF_LOG = 0.1  # share of it, unless another is given
 FEWEST_IMITATED = 200  # of a short log: fewer would be learned by heart
 MOST = 128  # such episodes that are looked at, by all processes together
 
@@ -29,10 +31,8 @@ def least_imitated(logged: Sequence[LoggedRow], share: float) -> float:
     Who writes anew goes on from what was above the mean, and the mean rises; that of a log stays where it is. Of a
     short log the share is as large as `FEWEST_IMITATED` ask for.
     """
-    rewards = np.array([row.reward for row in logged])
-    above = rewards[rewards > rewards.mean() + 1e-9]
-    share = min(1.0, max(share, FEWEST_IMITATED / len(rewards)))
-    return float(max(np.quantile(rewards, 1 - share, method="lower"), above.min(initial=rewards.max())))
+    kinds = RewardKinds.of([row.reward for row in logged])
+    return kinds.best(max(share, FEWEST_IMITATED / len(logged)))
 
 
 def kept_apart(

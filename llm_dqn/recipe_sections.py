@@ -322,8 +322,8 @@ class ReplaySection(Section):
     held_out_share: Annotated[Float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="With logged data alone: share of its prompts kept apart, which say when to stop."
     )
-    imitated_share: Annotated[Float, Field(gt=0, le=1)] = Field(
-        default=0.1, description="With logged data alone: the best share of it, above the mean, that is imitated."
+    imitated_share: Annotated[Float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Best share that is imitated; null = 0.1 of a log alone, 0.25 of counted rewards."
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llm_dqn.episode_store import EpisodeStore
 from llm_dqn.priority_tree import PriorityTree
+from llm_dqn.reward_kinds import IMITATED, RewardKinds
 from llm_dqn.types import Episode, PrefixBatch, TokenBatch
 
 SamplingRule = Callable[["PrefixReplay", int, np.random.Generator], np.ndarray]
@@ -101,7 +102,6 @@ ENDED = ("eos", "length")
 SOURCES = ("online", "logged", "imagined")
 _, LOGGED, IMAGINED = range(len(SOURCES))
 LOGPROBS = ("ref_logprobs", "behaviour_logprobs")
-REPEATING = 0.9  # share of different rewards below which they repeat; a judge hardly gives the same grade twice
 SMALLEST_TOTAL = 1e-150  # of the weights in a tree, before they are computed anew in a smaller unit
 
 
@@ -126,14 +126,15 @@ class PrefixReplay:
         self.store = EpisodeStore(capacity, segment_size, vocabulary, scratch)
         self.capacity, self.gamma, self.truncated = capacity, gamma, truncated
         self.least_logged: float | None = None  # reward that a logged episode must have to be imitated
-        self.graded = False  # whether rewards are grades by a judge rather than right or wrong; told by the first ones
+        self.imitated_share = IMITATED  # where rewards are counted, of what was scored
+        self.graded = self.best_alone = False  # what kind of rewards the first ones are, see `RewardKinds`
         self._forget_what_follows()
 
     def _forget_what_follows(self) -> None:
         """What sampling rules derived from the content."""
         self._trees: dict[tuple[float, float], PriorityTree] = {}  # by alpha and half-life
         self._successes: tuple[np.ndarray, np.ndarray] | None = None
-        self._paid: np.ndarray | None = None
+        self._kinds: RewardKinds | None = None
         self._faded: dict[tuple[float, bool], np.ndarray] = {}  # by half-life, and whether of successes alone
 
     def __len__(self) -> int:
@@ -160,27 +161,16 @@ class PrefixReplay:
         return self._view("versions")
 
     @property
-    def different_rewards(self) -> int:
-        """How many different rewards are stored, predicted ones aside: as many as episodes where a judge grades."""
-        return len(self._times_paid)
+    def kinds(self) -> RewardKinds:
+        """What the stored rewards are, predicted ones aside; found once until episodes are added."""
+        if self._kinds is None:
+            self._kinds = RewardKinds.of(self.rewards[self._view("source") != IMAGINED])
+        return self._kinds
 
     @property
     def imagined(self) -> bool:
         """Whether rewards of stored episodes are predicted."""
-        return len(self) > self._times_paid.sum()
-
-    @property
-    def rewards_repeat(self) -> bool:
-        """Whether the same rewards come again: they are counted from a text (parts, points, a distance)."""
-        return len(self._times_paid) < REPEATING * self._times_paid.sum()
-
-    @property
-    def _times_paid(self) -> np.ndarray:
-        """How often each different reward was paid; found once until episodes are added."""
-        if self._paid is None:
-            paid = self.rewards[self._view("source") != IMAGINED]
-            self._paid = np.unique(paid, return_counts=True)[1]
-        return self._paid
+        return len(self) > self.kinds.counts.sum()
 
     def _view(self, name: str) -> np.ndarray:
         view = self.store.column(name)
@@ -197,11 +187,17 @@ class PrefixReplay:
         return self._successes
 
     def imitable(self, slots: np.ndarray) -> np.ndarray:
-        """(n,) bool: false for logged episodes whose reward is below `least_logged`; these teach Q alone."""
-        if self.least_logged is None:
-            return np.ones(len(slots), dtype=bool)
-        logged = self.store.column("source")[slots] == LOGGED
-        return ~logged | (self.rewards[slots] >= self.least_logged)
+        """(n,) bool: false for episodes that teach Q alone, as others are far better."""
+        if self.least_logged is not None:
+            return (self.rewards[slots] >= self.least_logged) | (self.store.column("source")[slots] != LOGGED)
+        if self.holds_to_the_best:
+            return self.rewards[slots] >= self.kinds.best(self.imitated_share)
+        return np.ones(len(slots), dtype=bool)
+
+    @property
+    def holds_to_the_best(self) -> bool:
+        """Whether only the best of what is scored is imitated, see `RewardKinds.best_alone`."""
+        return self.best_alone and not self.graded and not self.kinds.right_or_wrong
 
     def faded(self, half_life: float, successes: bool = False) -> np.ndarray:
         """(k,) running sum of 2^-(age / half_life) over all episodes, or the successes; kept like them."""
@@ -236,7 +232,7 @@ class PrefixReplay:
                 raise ValueError(f"an episode needs at least one action, got none after {episode.prompt!r}")
         if not episodes:
             return
-        self._successes, self._paid, self._faded = None, None, {}
+        self._successes, self._kinds, self._faded = None, None, {}
         fresh, first = self.priorities.max() if len(self) else 1.0, self.added
         facts = {
             "lengths": [len(episode.prompt_ids) + len(episode.completion_ids) for episode in episodes],

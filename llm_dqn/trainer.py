@@ -202,8 +202,7 @@ class DQNTrainer(Intake):
             said = f"{self.scored_completions} completions scored, no reward among them"
             raise RunError(f"nothing to learn from: {said}: {self.parts.rewards.silence}")
         self.measure_rewards()
-        if self.step == 0:
-            self.see_first_rewards()
+        self.see_rewards()
         more = 0  # times the steps
         if self.scored_completions > before:
             more = self.imagine(fresh)

@@ -56,6 +56,7 @@ class Checkpointed:
             "look_at": self.look_at,
             "nonfinite_steps": self.nonfinite.total,
             "graded": self.replay.graded,
+            "best_alone": self.replay.best_alone,
             "reward_scale": self.network.reward_scale,
             "rewards_measured": self.rewards_measured,
             "failed": sorted(self.attempts.failed),
@@ -108,6 +109,7 @@ class Checkpointed:
         self.collect_at, self.look_at = state["collect_at"], state["look_at"]
         self.scored_completions, self.samples_drawn = state["scored_completions"], state["samples_drawn"]
         self.nonfinite.total, self.replay.graded = state["nonfinite_steps"], state["graded"]
+        self.replay.best_alone = state.get("best_alone", False)
         self.attempts.failed = set(state.get("failed", ()))
         if self.shared is not None and state.get("shared"):
             self.shared.load_state(state["shared"])

@@ -33,7 +33,7 @@ adapters policy replay reward_cache row_stream data metrics console reward_funct
 heads states vocabulary token_texts heatmap report_charts episode_store reward_model reward_worker isolation
 hidden_cache outcome_model tables models pages run_files calibration warning_signs priority_tree
 targets losses attempts schedules recipe charts statistics references processes reduction memory numerics resume
-offline recipe_changes reward_scale
+offline recipe_changes reward_scale reward_kinds
 recipe_problems recipe_sections shipped
 vllm_launch
 recipe_yaml lock vllm_server vllm_guard

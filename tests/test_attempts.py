@@ -114,7 +114,7 @@ def test_where_rewards_are_counted_a_prompt_is_written_to_mildly_every_other_tim
     run.train()
     steps = sorted({step for step, *_ in written})
     temperatures = [{temperature for at, temperature, _ in written if at == step} for step in steps]
-    assert run.replay.different_rewards > 2 and run.replay.rewards_repeat
+    assert run.replay.kinds.repeat and not run.replay.kinds.right_or_wrong
     assert temperatures == [{1.0}, {MILD}, {1.0}, {MILD}]  # each collection has every prompt once
     assert len(run.attempts.failed) == len(ROWS)
 

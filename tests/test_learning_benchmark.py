@@ -12,7 +12,7 @@ from benchmarks.learning import __main__ as main
 from benchmarks.learning import cells, dqn, figures, graphs, hours, letters, measure, protocol, store, sums, unseen
 from benchmarks.learning.bases import BaseRecipe, base_model
 from benchmarks.learning.course import Course
-from benchmarks.learning.fine_tuning import train_online
+from benchmarks.learning.fine_tuning import _best, train_online
 from benchmarks.learning.methods import REGIMES, for_task
 from benchmarks.learning.search import auc, true_values
 from benchmarks.learning.tasks import SEEN, TASKS, UNSEEN
@@ -237,6 +237,27 @@ def test_what_is_not_through_its_grid_and_seeds_is_left_out_of_tables(tmp_path):
     assert [seeds[0]["settings"] for name, seeds in hindsight.items() if name != "ours"] == [
         settings for _, settings in sorted((str(cell.settings), cell.settings) for cell in tuning)
     ]
+
+
+def test_a_peer_may_keep_the_best_alone_where_rewards_are_counted(tmp_path):
+    plan = protocol.Plan("online", ("sums", "paths"), ("filtered",), 1, 2, tuning=64, budget=128, reference=128)
+    tried = {
+        task: [cell.settings for cell in protocol.counted_cells(plan, task, "filtered", {"updates": 4})]
+        for task in plan.tasks
+    }
+    assert tried == {"sums": [], "paths": [{"updates": 4, "above": 0.75}, {"updates": 4, "above": 0.9}]}
+    assert protocol.counted_cells(plan, "paths", "reinforce", {}) == []
+
+    def measured(cells):
+        return [
+            result([cell.settings.get("above", 0.0)] * 3, ats=cell.marks)
+            | {"settings": cell.settings, "marks": cell.marks}
+            for cell in cells
+        ]
+
+    assert protocol.settled(plan, "paths", "filtered", measured)["above"] == 0.9
+    kept = _best([{"prompt": str(number)} for number in range(3)], [[1], [2], [3]], [0.2, 0.5, 0.9], 1, 0.4, 0.6)
+    assert kept == [("2", [3])]
 
 
 def test_hours_are_those_of_the_cells_that_are_there(tmp_path):

@@ -101,11 +101,21 @@ def test_the_rest_of_a_log_teaches_values_alone(tiny_llama_path, tmp_path, share
     assert torch.equal(target.returns.gather(1, last)[:, 0], scored)
 
 
-def test_where_new_completions_come_all_above_the_mean_counts(tiny_llama_path, tmp_path):
-    run = trainer(tiny_llama_path, tmp_path / "a", 64, lora())
-    assert run.replay.least_logged is None
+@pytest.mark.parametrize(("share", "best"), [(None, 0.25), (0.1, 0.1), (1.0, 0.5)])
+def test_where_new_completions_come_the_best_quarter_and_what_is_clearly_better_than_expected_is_imitated(
+    tiny_llama_path, tmp_path, share, best
+):
+    run = trainer(tiny_llama_path, tmp_path / "a", 64, lora(), imitated_share=share)
+    assert run.replay.least_logged is None and not run.replay.graded
     batch = run.replay.batch(np.arange(len(run.replay)))
-    assert (run.td_target(batch).weights > 0).any(1).sum() > LOG / 3
+    advantages = torch.ones(batch.action_mask.shape)
+    assert (run.weights(advantages, batch) > 0).all()  # all, as long as nobody knows what rewards these are
+    run.replay.best_alone = True
+    imitated = run.weights(advantages, batch)[:, 0] > 0
+    assert imitated.sum() == pytest.approx(LOG * best, abs=1) and imitated[-LOG // 10 :].all()
+    advantages[: LOG // 8, 0] = 0.51 * float(run.replay.rewards.std())
+    imitated = run.weights(advantages, batch)[:, 0] > 0
+    assert imitated[: LOG // 8].all() and imitated.sum() == pytest.approx(LOG * (best + 1 / 8), abs=1)
 
 
 def test_the_learning_rate_follows_from_what_is_tuned_and_from_where_completions_come(tiny_llama_path, tmp_path):

@@ -113,16 +113,33 @@ def test_where_a_judge_grades_newer_episodes_are_drawn_more_often_whatever_their
 def test_predicted_rewards_are_none_of_those_that_repeat_or_differ():
     replay = PrefixReplay(32)
     replay.add([episode([1], [2], reward) for reward in (0.0, 1.0, 1.0)])
-    assert replay.different_rewards == 2 and replay.rewards_repeat and not replay.imagined
+    assert replay.kinds.right_or_wrong and replay.kinds.repeat and not replay.imagined
     replay.add([episode([1], [2], 0.1 * number, source="imagined") for number in range(9)])
-    assert replay.different_rewards == 2 and replay.rewards_repeat and replay.imagined
+    assert replay.kinds.right_or_wrong and replay.kinds.repeat and replay.imagined
     grades = PrefixReplay(32)
     grades.add([episode([1], [2], 0.05 * number) for number in range(20)])
-    assert grades.different_rewards == 20 and not grades.rewards_repeat
+    assert len(grades.kinds.values) == 20 and not grades.kinds.repeat
     grades.add([episode([1], [2], 0.5)])  # a judge finds the same text as good as before
-    assert grades.different_rewards == 20 and not grades.rewards_repeat
+    assert len(grades.kinds.values) == 20 and not grades.kinds.repeat
     grades.add([episode([1], [2], 0.5) for _ in range(3)])
-    assert grades.rewards_repeat
+    assert grades.kinds.repeat
+
+
+def test_where_only_the_best_is_imitated_it_is_a_quarter():
+    replay = PrefixReplay(32)
+    replay.best_alone = True
+    replay.add([episode([1], [2], reward) for reward in (0.0, 1.0) * 4])
+    assert replay.imitable(np.arange(8)).all()  # what is wrong is nothing to imitate, whoever asks
+    replay.add([episode([1], [2], reward) for reward in (0.25, 0.5, 0.75, 1.0) * 2])
+    rewards = replay.rewards.copy()
+    assert list(replay.imitable(np.arange(16))) == list(rewards == 1)
+    assert list(replay.successes()[0]) == list(np.flatnonzero(rewards == 1))
+    replay.imitated_share = 0.5
+    assert list(replay.imitable(np.arange(16))) == list(rewards > rewards.mean())
+    replay.graded = True
+    assert replay.imitable(np.arange(16)).all()  # these are learned from in both directions
+    replay.graded, replay.best_alone = False, False
+    assert replay.imitable(np.arange(16)).all()
 
 
 def test_prioritized_sampling_prefers_large_and_recent_errors():

@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from llm_dqn import DQNConfig, DQNTrainer
 from llm_dqn.errors import RunError, UserError
-from llm_dqn.policy import sampled
+from llm_dqn.policy import SHARP, sampled
 from llm_dqn.recipe import load_recipe
 from llm_dqn.rollout import rollout
 from tests.networks import lora
@@ -89,6 +89,42 @@ def test_a_run_from_python_leaves_what_the_contract_says(tiny_llama_path, tmp_pa
     assert recipe.train.max_steps == 6 and recipe.lora is not None and recipe.lora.r == 4
     card = (run / "adapter" / "README.md").read_text()
     assert "library_name: peft" in card and "More Information Needed" not in card and "reward, sampled" in card
+
+
+def test_what_passed_for_grades_while_nothing_was_right_is_learned_from_as_right_and_wrong(tiny_llama_path, tmp_path):
+    calls: list[int] = []
+
+    def reward(completions, **columns):
+        """A bonus at first; then every third completion is right as well."""
+        calls.append(len(completions))
+        bonus = [zlib.crc32(text.encode()) % 10_000 / 1e6 for text in completions]
+        return [one + (len(calls) > 1 and number % 3 == 0) for number, one in enumerate(bonus)]
+
+    options = {"eval_steps": 0, "max_completion_length": 12, "updates_per_collect": 2, "imagined": 0}
+    run = trainer(tiny_llama_path, tmp_path, reward, max_steps=2, **options)
+    run.train()
+    assert run.replay.graded and run.sharp is None and (run.td_target(run.sample()).weights < 0).any()
+    again = trainer(tiny_llama_path, tmp_path, reward, max_steps=4, **options)
+    again.train(resume=True)
+    assert not again.replay.graded and again.sharp == SHARP and len(again.replay.kinds.values) > 8
+    assert not (again.td_target(again.sample()).weights < 0).any()
+
+
+def test_where_parts_of_an_answer_are_counted_the_best_is_imitated_and_a_cut_run_remembers(tiny_llama_path, tmp_path):
+    def reward(completions, **columns):
+        return [zlib.crc32(text.encode()) % 6 / 5 for text in completions]
+
+    options = {"max_steps": 2, "eval_steps": 0, "max_completion_length": 12, "imagined": 0}
+    run = trainer(tiny_llama_path, tmp_path, reward, **options)
+    run.train()
+    assert run.replay.holds_to_the_best
+    target, rewards = run.td_target(batch := run.sample()), batch.rewards.sum(1)
+    imitated = (target.weights > 0).any(1)
+    clearly = target.advantages[:, 0] >= 0.5 * run.replay.rewards.std()
+    assert not imitated[(rewards < run.replay.kinds.best(0.25)) & ~clearly].any() and imitated.any()
+    again = trainer(tiny_llama_path, tmp_path, reward, **options)
+    again.train(resume=True)
+    assert again.replay.holds_to_the_best
 
 
 @pytest.mark.parametrize(("kinds", "graded"), [(2, False), (10_000, True)])

@@ -45,9 +45,9 @@ FULL = {
     "online": Plan("online", SEEN, SHIPPED["online"], 5, 12, tuning=512, budget=2048, reference=2048),
     "logged": Plan("logged", SEEN, SHIPPED["logged"], 5, 6, tuning=400, budget=1600, reference=1600),
     "logged_500": Plan("logged_500", PREDICTABLE, SHIPPED["logged_500"], 2, 6, tuning=400, budget=1600, reference=1600),
-    "logged_online": Plan("logged_online", FEW, SHIPPED["logged_online"], 3, 6, 512, budget=2048, reference=2048),
-    "stale_8": Plan("stale_8", FEW, SHIPPED["stale_8"], 3, 6, tuning=1024, budget=2048, reference=2048),
-    "stale_32": Plan("stale_32", FEW[:2], SHIPPED["stale_32"], 2, 6, tuning=4096, budget=8192, reference=8192),
+    "logged_online": Plan("logged_online", FEW, SHIPPED["logged_online"], 5, 6, 512, budget=2048, reference=2048),
+    "stale_8": Plan("stale_8", FEW, SHIPPED["stale_8"], 5, 6, tuning=1024, budget=2048, reference=2048),
+    "stale_32": Plan("stale_32", FEW[:2], SHIPPED["stale_32"], 5, 6, tuning=4096, budget=8192, reference=8192),
 }
 # The others go on to eight times as many completions, for the gain that is to be had in the end.
 FAR = ("sums", "rare_sums", "long_sums", "paths", "star")  # cheap enough to go that far

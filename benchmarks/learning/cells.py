@@ -16,6 +16,7 @@ from benchmarks.learning.methods import REGIMES, for_task
 from benchmarks.learning.tasks import TASKS, Row, Task
 from llm_dqn import DQNConfig
 from llm_dqn.assembly import price, return_lambda
+from llm_dqn.logged import IMITATED_OF_LOG
 
 LOGGED_ROWS = 2000
 # Settings of llm_dqn that decide what is learned. A key that the library gets later joins them once its default does.
@@ -63,7 +64,9 @@ class Cell:
             own = {name: self.settings[name] for name in dqn.OWN & self.settings.keys()}
             given = {name: value for name, value in self.settings.items() if name not in own}
             config = DQNConfig(output_dir="-", max_completion_length=TASKS[self.task].length, **given)
-            resolved = config.model_dump() | {"lam": return_lambda(config), "beta": price(config)}
+            rules = {"lam": return_lambda(config), "beta": price(config)}
+            rules["imitated_share"] = config.imitated_share or IMITATED_OF_LOG
+            resolved = config.model_dump() | rules
             logged_only = () if REGIMES[self.regime].online else ("held_out_share", "sharpened", "imitated_share")
             facts["settings"] = own | {name: resolved[name] for name in (*DECISIVE, *logged_only)}
         return digest(facts)

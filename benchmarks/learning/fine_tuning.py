@@ -1,6 +1,7 @@
 """Supervised fine-tuning on what scored well: best of n, and all successes, fresh or logged. Plain loops."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,8 +76,9 @@ def train_online(
     logged: what is kept of it is learned from first, alone for `logged_updates`, and then as a collection. stale: the
     policy that writes is refreshed every so many completions; 0: before each collection.
     settings: learning_rate; completions a collection; of_each, completions a prompt: the best of more than one is kept
-    where they differ, a single one where it beats the running mean; remember, collections that are learned from;
-    updates a collection, of `batch` completions; temperature of all collections but the first.
+    where they differ, a single one where it beats the running mean, and is not below the quantile `above` of all
+    rewards; remember, collections that are learned from; updates a collection, of `batch` completions; temperature of
+    all collections but the first.
     """
     tuner = Tuner(task, course, settings["learning_rate"], seed)
     memory: list[list[Kept]] = [successes(tuner, logged)] if logged else []
@@ -100,7 +102,8 @@ def train_online(
         written = write(writer, tuner.tokenizer, [row["prompt"] for row in rows], task.length, temperature=heat)
         rewards = judged(course, rows, written)
         rewards_seen += rewards
-        memory.append(_best(rows, written, rewards, settings["of_each"], float(np.mean(rewards_seen))))
+        least = float(np.quantile(rewards_seen, settings.get("above", 0.0)))
+        memory.append(_best(rows, written, rewards, settings["of_each"], float(np.mean(rewards_seen)), least))
         kept = [one for some in memory[-settings["remember"] :] for one in some]
         for _ in range(settings["updates"] if kept else 0):
             tuner.step(kept, settings["batch"])
@@ -114,13 +117,18 @@ def judged(course: Course, rows: Sequence[Row], written: Sequence[list[int]]) ->
 
 
 def _best(
-    rows: Sequence[Row], written: Sequence[list[int]], rewards: Sequence[float], of_each: int, usual: float
+    rows: Sequence[Row],
+    written: Sequence[list[int]],
+    rewards: Sequence[float],
+    of_each: int,
+    usual: float,
+    least: float = -math.inf,
 ) -> list[Kept]:
     kept = []
     for start in range(0, len(rows), of_each):
         group = rewards[start : start + of_each]
         best = start + int(np.argmax(group))
-        if rewards[best] > (usual if of_each == 1 else float(np.mean(group))):
+        if rewards[best] > (usual if of_each == 1 else float(np.mean(group))) and rewards[best] >= least:
             kept.append((rows[best]["prompt"], written[best]))
     return kept
 

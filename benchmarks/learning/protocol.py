@@ -114,10 +114,20 @@ def best(results: Sequence[Result]) -> Settings:
 
 def further_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
     """What is tried beside the best of the grid; where a judge grades, no smaller collections, as llm_dqn has none."""
-    marks = tuning_cells(plan, task, method)[0].marks
     further = REGIMES[plan.regime].methods[method].then
     if TASKS[task].graded:
         further = tuple(more for more in further if "completions" not in more)
+    return _on_top(plan, task, method, settings, further)
+
+
+def counted_cells(plan: Plan, task: str, method: str, settings: Settings) -> list[Cell]:
+    """What is tried beside the best of these, where rewards are counted."""
+    further = REGIMES[plan.regime].methods[method].of_counts if TASKS[task].counted else ()
+    return _on_top(plan, task, method, settings, further)
+
+
+def _on_top(plan: Plan, task: str, method: str, settings: Settings, further: Sequence[Settings]) -> list[Cell]:
+    marks = tuning_cells(plan, task, method)[0].marks
     return [Cell(task, plan.regime, method, {**settings, **more}, 0, "tuning", marks) for more in further]
 
 
@@ -133,9 +143,11 @@ def settled(plan: Plan, task: str, method: str, measured: Measured) -> Settings 
     if not cells:
         return REGIMES[plan.regime].methods[method].grid[0]
     tried = measured(cells)
-    if tried is None:
-        return None
-    tried = measured([*cells, *further_cells(plan, task, method, best(tried))])
+    for further in (further_cells, counted_cells):
+        if tried is None:
+            return None
+        cells += further(plan, task, method, best(tried))
+        tried = measured(cells)
     return None if tried is None else best(tried)
 
 

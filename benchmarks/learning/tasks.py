@@ -37,7 +37,8 @@ class Task:
     to test on, no one in two of them. answers: the completions of a row that are exactly right, where they can be
     listed; their probability has no sampling noise. costs: about how many times as long as the shortest a completion
     takes, with the updates on it; budgets are divided by it. predictable: the rewards of completions nobody scored can
-    be told from those of others. graded: a judge's grades, of which none comes twice.
+    be told from those of others. graded: a judge's grades, of which none comes twice. counted: neither these nor
+    right or wrong.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Task:
     costs: int = 1
     predictable: bool = False
     graded: bool = False
+    counted: bool = False
 
     @property
     def train(self) -> list[Row]:
@@ -195,6 +197,7 @@ TASKS = {
             _paths,
             graphs.shortest_paths,
             predictable=True,
+            counted=True,
         ),
         Task(
             "star",
@@ -228,6 +231,7 @@ TASKS = {
             _sorting,
             lambda row: [row["answer"]],
             predictable=True,
+            counted=True,
         ),
         Task(
             "coins",
@@ -250,6 +254,7 @@ TASKS = {
             _reviews,
             costs=4,
             predictable=True,
+            counted=True,
         ),
         Task(
             "runs",
@@ -261,6 +266,7 @@ TASKS = {
             _runs,
             lambda row: [row["answer"]],
             predictable=True,
+            counted=True,
         ),
     )
 }
