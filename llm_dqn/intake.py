@@ -192,9 +192,12 @@ class Intake(Checkpointed):
         self.network.start_values_at(float(total / count))
         everyone = [reward for part in self.processes.gather(self.replay.rewards.tolist()) for reward in part]
         known, kinds = self.replay.graded, RewardKinds.of(everyone)
-        self.replay.graded, self.replay.best_alone = kinds.grades, kinds.best_alone
+        self.replay.graded = kinds.grades
+        self.replay.best_alone = kinds.best_alone and self.replay.least_logged is None
         if self.replay.graded and not known and self.args.negative_weight is None:
             self.logbook.say("rewards are grades: low ones are learned from as well (dqn.negative_weight)")
+        if self.replay.best_alone:
+            self.logbook.say("rewards are counted: only the best completions are imitated (replay.imitated_share)")
 
     def see_rewards(self) -> None:
         """What passed for grades while nothing was right may turn out to be right and wrong."""

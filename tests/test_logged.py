@@ -73,9 +73,11 @@ def test_a_log_does_not_age_where_nothing_newer_is_scored():
 LOG = 800
 
 
-def trainer(model: str, folder, budget: int | None, peft_config=None, **options) -> DQNTrainer:
+def trainer(model: str, folder, budget: int | None, peft_config=None, kinds: int = LOG, **options) -> DQNTrainer:
+    """Of a log with so many different rewards, each as often as the others."""
     folder.mkdir()
-    log = [{"prompt": f"{number}", "completion": f" {number}", "reward": number} for number in range(LOG)]
+    each = LOG // kinds
+    log = [{"prompt": f"{number}", "completion": f" {number}", "reward": number // each} for number in range(LOG)]
     file = folder / "log.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in log))
     args = DQNConfig(
@@ -116,6 +118,13 @@ def test_where_new_completions_come_the_best_quarter_and_what_is_clearly_better_
     advantages[: LOG // 8, 0] = 0.51 * float(run.replay.rewards.std())
     imitated = run.weights(advantages, batch)[:, 0] > 0
     assert imitated[: LOG // 8].all() and imitated.sum() == pytest.approx(LOG * (best + 1 / 8), abs=1)
+
+
+@pytest.mark.parametrize(("budget", "best_alone"), [(0, False), (64, True)])
+def test_a_log_alone_has_a_rule_of_its_own(tiny_llama_path, tmp_path, budget, best_alone):
+    run = trainer(tiny_llama_path, tmp_path / "a", budget, lora(), kinds=5)
+    run.see_first_rewards()
+    assert run.replay.best_alone is best_alone and not run.replay.graded
 
 
 def test_the_learning_rate_follows_from_what_is_tuned_and_from_where_completions_come(tiny_llama_path, tmp_path):
