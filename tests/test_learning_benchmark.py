@@ -45,7 +45,9 @@ def test_no_prompt_serves_two_purposes():
         assert min(len(part) for part in (tuning, test)) >= least, name
 
 
-@pytest.mark.parametrize("name", ["sums", "rare_sums", "long_sums", "paths", "star", "sorting", "coins", "runs"])
+@pytest.mark.parametrize(
+    "name", ["sums", "rare_sums", "long_sums", "paths", "star", "sorting", "coins", "runs", "shift"]
+)
 def test_the_listed_answers_earn_the_full_reward_and_others_do_not(name):
     task, full = TASKS[name], 0.0 if name == "runs" else 1.0
     for row in task.test[:40]:
@@ -77,6 +79,8 @@ def test_who_lives_from_predicted_rewards_takes_part_where_they_can_be_predicted
 def test_rewards_of_the_unseen_tasks_are_what_they_say():
     assert unseen.places_right(["1 2 3", "2 1 3", "1 2 3 4", "", "1"], ["1 2 3"] * 5) == [1, 1 / 3, 3 / 4, 0, 1 / 3]
     assert unseen.paid(["c1 c2 c2 c5 c10", "c10 c10", "c1 c2 c2 c5 10", ""], ["20"] * 4) == [1, 0, 0, 0]
+    first = unseen.before_the_first_mistake(["b c", "b d", "c c", "b c d", "b", ""], ["b c"] * 6)
+    assert first == pytest.approx([1, 1 / 3, 0, 2 / 3, 1 / 3, 0])
     assert unseen.near_length(["one two", " ".join("a" * 13), ""]) == [-10, -1, -12]
     written = ["a 3 b 1", "a 2 b 1", "a 3", "", "b 1 a 3", "a 3 b 1 c"]
     assert unseen.edits(written, ["a 3 b 1"] * 6) == [0, -1, -2, -4, -4, -1]

@@ -138,6 +138,11 @@ def _runs() -> Parts:
 
 
 @cache
+def _shift() -> Parts:
+    return parted(unseen.shift_rows(24), 4096, 256, 256)
+
+
+@cache
 def _reward_model(folder: Path) -> Judge:
     return RewardModel(str(folder))
 
@@ -268,9 +273,21 @@ TASKS = {
             predictable=True,
             counted=True,
         ),
+        Task(
+            "shift",
+            "5 to 8 letters, their successors to be written; the base copies some; reward: the share before a mistake",
+            "lora",
+            9,
+            unseen.SHIFT_BASE,
+            lambda: unseen.before_the_first_mistake,
+            _shift,
+            lambda row: [row["answer"]],
+            predictable=True,
+            counted=True,
+        ),
     )
 }
-UNSEEN = ("sorting", "coins", "words", "runs")  # how little was chosen on these, `unseen` says
+UNSEEN = ("sorting", "coins", "words", "runs", "shift")  # how little was chosen on these, `unseen` says
 SEEN = tuple(name for name in TASKS if name not in UNSEEN)
 
 

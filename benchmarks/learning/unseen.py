@@ -1,7 +1,8 @@
 """Tasks on which nothing was chosen: written when the defaults stood, to see whether they hold elsewhere.
 
 Sorting pays parts of a reward, coins all or nothing on a GPT-2 with few prompts, and words is the reward function
-of many a first example: below zero, and of another size. Runs came later, when sorting and words had been looked at.
+of many a first example: below zero, and of another size. Runs came later, when sorting and words had been looked at,
+and shift when runs had been.
 """
 
 import random
@@ -175,3 +176,49 @@ def _distance(first: list[str], second: list[str]) -> int:
         for place, other in enumerate(second, start=1):
             corner, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, corner + (one != other))
     return row[-1]
+
+
+# --- shift: every letter's successor; the base has the habit of copying some letters ----------------------------------
+
+ALPHABET = "abcdefghij"
+COPIED = "fghij"
+SHIFT = BaseRecipe("shift", {"fewest": 5, "most": 8, "copy": 0.5}, (*ALPHABET, ":"), steps=1200)
+
+
+def _letters(rng: random.Random) -> list[str]:
+    facts = SHIFT.parameters
+    return [rng.choice(ALPHABET) for _ in range(rng.randint(int(facts["fewest"]), int(facts["most"])))]
+
+
+def _successor(letter: str) -> str:
+    return ALPHABET[(ALPHABET.index(letter) + 1) % len(ALPHABET)]
+
+
+def _nearly_shifted(rng: random.Random) -> str:
+    letters = _letters(rng)
+    written = [
+        letter if letter in COPIED and rng.random() < SHIFT.parameters["copy"] else _successor(letter)
+        for letter in letters
+    ]
+    return f"{' '.join(letters)} : {' '.join(written)}"
+
+
+SHIFT_BASE = base_model(SHIFT, _nearly_shifted)
+
+
+def shift_rows(seed: int) -> Iterator[dict[str, str]]:
+    """Endless rows: letters as prompt, their successors in the alphabet as `answer`."""
+    rng = random.Random(seed)
+    while True:
+        letters = _letters(rng)
+        yield {"prompt": f"{' '.join(letters)} :", "answer": " ".join(map(_successor, letters))}
+
+
+def before_the_first_mistake(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    """The share of the answer that is right up to the first mistake; what follows the answer is one."""
+    shares = []
+    for text, right in zip(completions, answer, strict=True):
+        written, wanted = [*text.split(), None], [*right.split(), None]
+        same = next((place for place, one in enumerate(wanted) if one != written[place]), len(wanted))
+        shares.append(same / len(wanted))
+    return shares
