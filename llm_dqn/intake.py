@@ -97,8 +97,7 @@ class Intake(Checkpointed):
             made = self.attempts.at(episodes, self.replay.rewards.mean())
         elif sharp:
             made = self.attempts.in_turn(episodes)
-        for attempts in self.processes.gather(made):
-            self.attempts.learn(attempts)
+        self.attempts.learn(self.processes.gather_all(made))
 
     @property
     def negative_weight(self) -> float:
@@ -178,8 +177,8 @@ class Intake(Checkpointed):
         """Learns in a unit of what rewards differ by, from the first collection on in which they do."""
         if self.rewards_measured:
             return
-        everyone = self.processes.gather(self.replay.rewards.tolist())
-        scale = self.args.reward_scale or reward_scale([reward for each in everyone for reward in each])
+        everyone = self.processes.gather_all(self.replay.rewards.tolist())
+        scale = self.args.reward_scale or reward_scale(everyone)
         if scale is not None:
             self.network.measure_in(scale)
             self.rewards_measured = True
@@ -190,8 +189,7 @@ class Intake(Checkpointed):
         """Values start at the mean reward of the first collection, which also tells what kind of rewards these are."""
         total, count = self.parts.totals(self.replay.rewards.sum(), len(self.replay))
         self.network.start_values_at(float(total / count))
-        everyone = [reward for part in self.processes.gather(self.replay.rewards.tolist()) for reward in part]
-        known, kinds = self.replay.graded, RewardKinds.of(everyone)
+        known, kinds = self.replay.graded, RewardKinds.of(self.processes.gather_all(self.replay.rewards.tolist()))
         self.replay.graded = kinds.grades
         self.replay.best_alone = kinds.best_alone and self.replay.least_logged is None
         if self.replay.graded and not known and self.args.negative_weight is None:
@@ -315,7 +313,7 @@ class Intake(Checkpointed):
         policy, seed = BehaviourPolicy(temperature=SHARP), self.seed_for(SHARPEN, self.step)
         with whole(self.network):
             own = self.processes.agree(lambda: self.write(prompts, policy, seed))
-        sharpening.add([episode for part in self.processes.gather(own) for episode in part])
+        sharpening.add(self.processes.gather_all(own))
 
     def learned_enough(self) -> bool:
         """In a run that learns from a log alone: whether predicted rewards, or else held-out completions, say so."""

@@ -103,6 +103,10 @@ class Processes:
         dist.all_gather_object(everyone, value)
         return everyone
 
+    def gather_all(self, values: Sequence[T]) -> list[T]:
+        """The values of all processes in one list, by rank."""
+        return [value for each in self.gather(values) for value in each]
+
     def share(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """What each job returns, in order, on all processes; each job runs on one of them, as `agree` runs it."""
         mine = self.agree(lambda: [job() for job in jobs[self.rank :: self.world]])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class RewardKinds:
         """Whether the same rewards come again: they are counted from a text (parts, points, a distance)."""
         return len(self.values) < REPEATING * int(self.counts.sum())
 
-    @property
+    @cached_property
     def right_or_wrong(self) -> bool:
         """Whether there are two different ones, or two groups with little to tell apart within them.
 

@@ -110,6 +110,7 @@ def test_where_new_completions_come_the_best_quarter_and_what_is_clearly_better_
     run = trainer(tiny_llama_path, tmp_path / "a", 64, lora(), imitated_share=share)
     assert run.replay.least_logged is None and not run.replay.graded
     batch = run.replay.batch(np.arange(len(run.replay)))
+    assert (run.td_target(batch).weights > 0).any(1).sum() > LOG / 3
     advantages = torch.ones(batch.action_mask.shape)
     assert (run.weights(advantages, batch) > 0).all()  # all, as long as nobody knows what rewards these are
     run.replay.best_alone = True

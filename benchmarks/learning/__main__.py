@@ -50,7 +50,8 @@ FULL = {
     "stale_8": Plan("stale_8", FEW, SHIPPED["stale_8"], 5, 6, tuning=1024, budget=2048, reference=2048),
     "stale_32": Plan("stale_32", FEW[:2], SHIPPED["stale_32"], 5, 6, tuning=4096, budget=8192, reference=8192),
 }
-BESIDE = ("logged_500",)  # not of the whole benchmark, which is to take six hours on two cores
+# The whole benchmark is to take six hours on two cores; 500 logged completions are asked for by name.
+WHOLE = {name: plan for name, plan in FULL.items() if name != "logged_500"}
 # The others go on to eight times as many completions, for the gain that is to be had in the end.
 FAR = ("sums", "rare_sums", "long_sums", "paths", "star")  # cheap enough to go that far
 LONG = Plan("online", FAR, ("ours", "grpo", "filtered", "reinforce"), 2, 12, 512, budget=2048, reference=16384)
@@ -66,7 +67,7 @@ def main() -> None:
             print(name, TASKS[name].base(), about_base(TASKS[name]), flush=True)
         return
     if options.command == "hours":
-        plans = {name: plan for name, plan in FULL.items() if name not in BESIDE} | {"online, peers to 16,384": LONG}
+        plans = {**WHOLE, "online, peers to 16,384": LONG}
         text = hours.table(plans, Store(RESULTS / "learning.jsonl"), "python -m benchmarks.learning hours")
         write_table("learning-hours", text)
         print(text)
@@ -82,7 +83,9 @@ def main() -> None:
 def _options(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "try", "bases", "hours"])
-    parser.add_argument("--regime", choices=[*FULL, "all"], default="online", help="all: each of them, and --long")
+    parser.add_argument(
+        "--regime", choices=[*FULL, "all"], default="online", help="all: each but logged_500, and --long"
+    )
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=", ".join(TASKS))
     known = sorted({name for some in EVERYONE.values() for name in some})
     parser.add_argument("--methods", nargs="+", choices=known, metavar="METHOD", help=", ".join(known))
@@ -107,7 +110,7 @@ def _parts(words: list[str]) -> list[argparse.Namespace]:
     options = _options(words)
     if options.regime != "all":
         return [options]
-    parts: list[tuple[str, list[str]]] = [(regime, []) for regime in FULL if regime not in BESIDE]
+    parts: list[tuple[str, list[str]]] = [(regime, []) for regime in WHOLE]
     parts.insert(1, ("online", ["--long"]))
     return [
         _options([word.replace("all", regime) if word in ("all", "--regime=all") else word for word in words] + more)

@@ -1,7 +1,6 @@
 """Supervised fine-tuning on what scored well: best of n, and all successes, fresh or logged. Plain loops."""
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,7 +121,7 @@ def _best(
     rewards: Sequence[float],
     of_each: int,
     usual: float,
-    least: float = -math.inf,
+    least: float,
 ) -> list[Kept]:
     kept = []
     for start in range(0, len(rows), of_each):
