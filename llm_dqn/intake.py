@@ -14,18 +14,16 @@ from llm_dqn.attempts import Attempt
 from llm_dqn.dyna import Dyna
 from llm_dqn.early_stopping import HELD_OUT, PREDICTED, SHARPER
 from llm_dqn.exchange import Order
-from llm_dqn.losses import signed_weights
+from llm_dqn.losses import agreeing, signed_weights, unsure
 from llm_dqn.overlap import Overlap
 from llm_dqn.policy import FEW_PROMPTS, MILD, PROMPTS, SHARP, BehaviourPolicy, sampled
-from llm_dqn.recipe import DQNConfig
-from llm_dqn.reward_kinds import MARGIN, RewardKinds
-from llm_dqn.reward_scale import reward_scale
+from llm_dqn.reward_kinds import MARGIN
+from llm_dqn.rewards_seen import RewardsSeen
 from llm_dqn.rollout import rollout
 from llm_dqn.sharding import gathered, whole
 from llm_dqn.shared_folder import SharedFolder
 from llm_dqn.sharpening import Sharpening
 from llm_dqn.signals import Stopped, StopRequest
-from llm_dqn.trainer_state import Checkpointed
 from llm_dqn.types import Episode, PrefixBatch, Prompt
 
 IMAGINE, SHARPEN = 6, 7  # names of random streams, beside those of the trainer
@@ -36,10 +34,9 @@ LEAST, LEAST_OF_GRADES = 0.6, 0.2
 Source = Callable[[], tuple[int, list[Episode], bool]]
 
 
-class Intake(Checkpointed):
+class Intake(RewardsSeen):
     """The part of a trainer that takes in what others write."""
 
-    args: DQNConfig
     stop: StopRequest
     write_and_score: Source
     seed_for: Callable[..., int]
@@ -114,7 +111,8 @@ class Intake(Checkpointed):
         imitated = torch.from_numpy(self.replay.imitable(batch.slots.cpu().numpy())).to(advantages.device)
         if self.replay.holds_to_the_best:
             imitated |= advantages[:, 0] >= MARGIN * float(self.replay.rewards.std())
-        return signed_weights(advantages * imitated[:, None], self.negative_weight)
+        negative, weights = self.negative_weight, advantages * imitated[:, None]
+        return signed_weights(unsure(agreeing(weights), batch.behaviour_logprobs) if negative else weights, negative)
 
     @property
     def budget_left(self) -> int:
@@ -172,38 +170,6 @@ class Intake(Checkpointed):
                 yield
         if self.shared is not None:
             self.shared.close()
-
-    def measure_rewards(self) -> None:
-        """Learns in a unit of what rewards differ by, from the first collection on in which they do."""
-        if self.rewards_measured:
-            return
-        everyone = self.processes.gather_all(self.replay.rewards.tolist())
-        scale = self.args.reward_scale or reward_scale(everyone)
-        if scale is not None:
-            self.network.measure_in(scale)
-            self.rewards_measured = True
-        if scale not in (None, 1.0):
-            self.logbook.say(f"rewards are learned from in units of {scale:g} (dqn.reward_scale)")
-
-    def see_first_rewards(self) -> None:
-        """Values start at the mean reward of the first collection, which also tells what kind of rewards these are."""
-        total, count = self.parts.totals(self.replay.rewards.sum(), len(self.replay))
-        self.network.start_values_at(float(total / count))
-        known, kinds = self.replay.graded, RewardKinds.of(self.processes.gather_all(self.replay.rewards.tolist()))
-        self.replay.graded = kinds.grades
-        self.replay.best_alone = kinds.best_alone and self.replay.least_logged is None
-        if self.replay.graded and not known and self.args.negative_weight is None:
-            self.logbook.say("rewards are grades: low ones are learned from as well (dqn.negative_weight)")
-        if self.replay.best_alone:
-            self.logbook.say("rewards are counted: only the best completions are imitated (replay.imitated_share)")
-
-    def see_rewards(self) -> None:
-        """What passed for grades while nothing was right may turn out to be right and wrong."""
-        if self.step == 0:
-            self.see_first_rewards()
-        elif self.replay.graded and self.parts.totals(not self.replay.kinds.right_or_wrong) == 0:
-            self.replay.graded = False
-            self.logbook.say("rewards are right or wrong, and no grades: what is right is imitated")
 
     # --- imagined ---------------------------------------------------------------------------------------------------
 

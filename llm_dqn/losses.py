@@ -70,6 +70,24 @@ def truncated_ratios(written: Tensor, now: Tensor, cap: float) -> Tensor:
     return (now.detach() - written).exp().clamp(max=cap)
 
 
+def agreeing(advantages: Tensor) -> Tensor:
+    """(B, T) advantages of the sign that their whole completion's has, the first one's; 0 instead of the others.
+
+    Where V knows little, what it makes of a token in the middle is mostly noise; that a completion scored well is not.
+    """
+    return torch.where(advantages * advantages[:, :1] > 0, advantages, 0.0)
+
+
+def unsure(weights: Tensor, written: Tensor) -> Tensor:
+    """(B, T) those below 0 times 1 - mu. written: (B, T) log mu(a|s).
+
+    Most tokens of a bad completion are right, and the policy was sure of them; where it might as well have written
+    something else it may have gone wrong. A gradient of uncertain tokens alone, Wang et al. 2025,
+    https://arxiv.org/abs/2506.01939, in degrees and of what is lowered alone: `benchmarks/LOG.md`, 2026-11-30.
+    """
+    return torch.where(weights < 0, -weights * torch.expm1(written), weights)
+
+
 def signed_weights(advantages: Tensor, negative: float) -> Tensor:
     """(B, T) positive advantages as they are, negative ones times `negative`, but in sum no more than the positive.
 

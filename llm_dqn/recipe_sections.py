@@ -251,7 +251,7 @@ class DQNSection(Section):
     )
     negative_weight: Share | None = Field(
         default=None,
-        description="Share of negative advantages in it; null = 1 where rewards are grades, 0 where they repeat.",
+        description="Share of negative advantages in it; null = 1 where texts are graded, else 0.",
     )
     negative_half_life: Annotated[Float, Field(gt=0)] | None = Field(
         default=None, description="Learner steps after which that share is half as large; null = it stays."
@@ -323,7 +323,7 @@ class ReplaySection(Section):
         default=0.1, description="With logged data alone: share of its prompts kept apart, which say when to stop."
     )
     imitated_share: Annotated[Float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="Best share that is imitated; null = 0.1 of a log alone, 0.25 of counted rewards."
+        default=None, description="Best share that is imitated; null = 0.1 of a log alone, else 0.25 where counted."
     )
 
 

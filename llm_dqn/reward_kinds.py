@@ -11,6 +11,9 @@ REPEATING = 0.9  # share of different rewards below which they repeat; a judge h
 # Two groups of rewards are right and wrong where they explain so much of the variance, and wrong is no exception: a
 # rare penalty explains nearly all of it, and tells nothing of the others.
 TWO_GROUPS, FEWEST_WRONG = 0.92, 0.05
+# Nats of a completion below which there are few ways to write it, some 150: what scored best of a few dozen is about
+# the best there is, and can be imitated whatever its grade.
+FEW_NATS = 5.0
 IMITATED = 0.25  # share of counted rewards
 MARGIN = 0.5  # standard deviations of the rewards
 

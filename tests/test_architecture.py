@@ -18,6 +18,7 @@ overlap_worker
 doctor preflight inference merge collector replay_export replay_statistics
 trainer
 intake
+rewards_seen
 trainer_state learner examiner
 shared_folder overlap
 judging inputs
@@ -54,6 +55,7 @@ KNOW_CONFIGURATION = {
     "cli",
     "trainer",
     "trainer_state",
+    "rewards_seen",
     "inputs",
     "assembly",
     "preflight",

@@ -288,7 +288,7 @@ def test_hours_are_those_of_the_cells_that_are_there(tmp_path):
 def test_all_regimes_are_one_command():
     parts = main._parts(["table", "--regime", "all"])
     assert {part.regime for part in parts} == set(REGIMES) - {"logged_500"} and len(parts) == len(REGIMES)
-    assert [main._plan(part) for part in parts if part.long] == [main.LONG]
+    assert [main._plans(part) for part in parts if part.long] == [list(main.LONG)]
     assert parts[-1].shown.endswith(f"table --regime {parts[-1].regime}")  # which makes that table alone
     for more in (["--tasks", "sums"], ["--long"]):
         with pytest.raises(SystemExit):

@@ -69,6 +69,16 @@ def test_all_that_is_lowered_is_no_more_than_all_that_is_raised():
     assert losses.signed_weights(torch.tensor([[-1.0]]), 1.0).tolist() == [[0.0]]
 
 
+def test_advantages_against_the_sign_of_their_completion_count_nothing():
+    advantages = torch.tensor([[1.0, -2.0, 3.0], [-1.0, 2.0, -3.0], [0.0, 5.0, -5.0]])
+    assert losses.agreeing(advantages).tolist() == [[1.0, 0.0, 3.0], [-1.0, 0.0, -3.0], [0.0, 0.0, 0.0]]
+
+
+def test_what_is_lowered_counts_less_the_surer_it_was_written():
+    weights, written = torch.tensor([[2.0, -2.0, -2.0, -2.0]]), torch.tensor([[0.25, 0.25, 0.75, 1.0]]).log()
+    assert losses.unsure(weights, written).flatten().tolist() == pytest.approx([2.0, -1.5, -0.5, 0.0])
+
+
 def test_what_is_lowered_counts_less_the_rarer_it_became():
     weights, now = torch.tensor([[2.0, -2.0, -2.0]]), torch.tensor([[0.25, 0.25, 4.0]]).log().requires_grad_()
     tapered = losses.tapered(weights, torch.zeros(1, 3), now)

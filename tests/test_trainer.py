@@ -13,8 +13,10 @@ from peft import LoraConfig
 
 from llm_dqn import DQNConfig, DQNTrainer
 from llm_dqn.errors import RunError, UserError
+from llm_dqn.losses import agreeing
 from llm_dqn.policy import SHARP, sampled
 from llm_dqn.recipe import load_recipe
+from llm_dqn.reward_kinds import FEW_NATS
 from llm_dqn.rollout import rollout
 from tests.networks import lora
 
@@ -138,9 +140,16 @@ def test_grades_are_told_from_right_or_wrong_and_learned_from_in_both_directions
     run = trainer(tiny_llama_path, tmp_path, reward, **options)
     run.train()
     assert run.replay.graded is graded
-    target = run.td_target(run.sample())
+    batch = run.sample()
+    target = run.td_target(batch)
     assert (target.weights < 0).any().item() is graded and (target.advantages < 0).any()
-    assert torch.equal(target.weights.clamp(min=0), target.advantages.clamp(min=0))
+    learned_from = agreeing(target.advantages) if graded else target.advantages
+    assert torch.equal(target.weights.clamp(min=0), learned_from.clamp(min=0))
+    if graded:
+        lowered = learned_from.clamp(max=0) * (1 - batch.behaviour_logprobs.exp())
+        share = target.weights.clamp(max=0).sum() / lowered.sum()
+        assert 0 < share <= 1 + 1e-5
+        torch.testing.assert_close(target.weights.clamp(max=0), lowered * share)
     again = trainer(tiny_llama_path, tmp_path, reward, **options)
     again.train(resume=True)
     assert again.step == 2 and again.replay.graded is graded
@@ -151,6 +160,27 @@ def test_grades_are_told_from_right_or_wrong_and_learned_from_in_both_directions
     fading = trainer(tiny_llama_path, tmp_path / "fading", reward, negative_weight=1.0, negative_half_life=128.0)
     fading.step = 256
     assert fading.negative_weight == 0.25
+
+
+def test_of_graded_answers_that_can_be_written_in_few_ways_the_best_are_imitated(
+    tiny_llama_path, tmp_path, monkeypatch, capsys
+):
+    def reward(completions, **columns):
+        return [zlib.crc32(text.encode()) / 2**32 for text in completions]
+
+    options = {"max_steps": 2, "eval_steps": 0, "max_completion_length": 3, "imagined": 0}
+    run = trainer(tiny_llama_path, tmp_path / "many", reward, **options)
+    run.train()
+    written = run.replay.batch(np.arange(len(run.replay))).behaviour_logprobs.sum(1)
+    nats = run.nats_of_a_completion()
+    assert nats == pytest.approx(-float(written.mean()), rel=1e-5) and nats > FEW_NATS
+    assert run.replay.graded and not run.replay.holds_to_the_best
+    monkeypatch.setattr("llm_dqn.rewards_seen.FEW_NATS", nats + 1)
+    short = trainer(tiny_llama_path, tmp_path / "few", reward, **options)
+    short.train()
+    assert short.replay.holds_to_the_best and not short.replay.graded
+    assert not (short.td_target(short.sample()).weights < 0).any()
+    assert "grades of short answers: only the best completions are imitated" in capsys.readouterr().out
 
 
 def test_the_budget_of_reward_calls_is_kept(tiny_llama_path, tmp_path):

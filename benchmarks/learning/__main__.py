@@ -20,7 +20,6 @@ import sys
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,9 +27,9 @@ from benchmarks.learning import ablation, hours, protocol, summary
 from benchmarks.learning.bases import cache_folder
 from benchmarks.learning.measure import about_base
 from benchmarks.learning.methods import REGIMES
-from benchmarks.learning.protocol import Plan
+from benchmarks.learning.protocol import Plan, Results
 from benchmarks.learning.store import Store, workers
-from benchmarks.learning.tasks import SEEN, TASKS, UNSEEN
+from benchmarks.learning.tasks import DEAR, SEEN, TASKS, UNSEEN
 from benchmarks.learning.verdicts import share_of_online, with_hindsight
 from benchmarks.tables import write_table
 
@@ -52,9 +51,17 @@ FULL = {
 }
 # The whole benchmark is to take six hours on two cores; 500 logged completions are asked for by name.
 WHOLE = {name: plan for name, plan in FULL.items() if name != "logged_500"}
-# The others go on to eight times as many completions, for the gain that is to be had in the end.
-FAR = ("sums", "rare_sums", "long_sums", "paths", "star")  # cheap enough to go that far
-LONG = Plan("online", FAR, ("ours", "grpo", "filtered", "reinforce"), 2, 12, 512, budget=2048, reference=16384)
+# The others go on to 16,384 completions, for the gain that is to be had in the end. Those of reviews and letters take
+# long, and their amounts elsewhere are a quarter: one seed, of the best peers.
+FAR = ("sums", "rare_sums", "long_sums", "paths", "star")
+GRADED = {"reviews": ("ours", "grpo", "best_of_n"), "letters": ("ours", "grpo", "rloo")}
+LONG = (
+    Plan("online", FAR, ("ours", "grpo", "filtered", "reinforce"), 2, 12, 512, budget=2048, reference=16384),
+    *(
+        Plan("online", (task,), methods, 1, 12, 512, budget=2048 * DEAR, reference=16384 * DEAR)
+        for task, methods in GRADED.items()
+    ),
+)
 QUICK = Plan("online", ("sums", "paths"), ("ours", "grpo", "filtered"), 2, 3, tuning=512, budget=1024, reference=1024)
 AMOUNTS = ("seeds", "configurations", "tuning", "budget", "reference")  # of a plan, by options
 
@@ -67,7 +74,7 @@ def main() -> None:
             print(name, TASKS[name].base(), about_base(TASKS[name]), flush=True)
         return
     if options.command == "hours":
-        plans = {**WHOLE, "online, peers to 16,384": LONG}
+        plans = {**WHOLE, **{f"online, peers to 16,384: {', '.join(plan.tasks)}": plan for plan in LONG}}
         text = hours.table(plans, Store(RESULTS / "learning.jsonl"), "python -m benchmarks.learning hours")
         write_table("learning-hours", text)
         print(text)
@@ -95,10 +102,12 @@ def _options(words: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, help="instead of the full plan's")
     parser.add_argument("--workers", type=int, default=1, help="cells that run at a time, one thread each")
     parser.add_argument("--unseen", action="store_true", help="tasks on which nothing was chosen")
-    parser.add_argument("--long", action="store_true", help="online, peers with 16,384 completions, five tasks")
+    parser.add_argument("--long", action="store_true", help="online, peers with 16,384 completions")
     parser.add_argument("--fresh", action="store_true", help="forget what the quick version has measured")
     options = parser.parse_args(words)
     narrowed = options.unseen or options.long or options.tasks or options.methods
+    if options.long and options.unseen:
+        parser.error("--long is of the tasks that the design was chosen on")
     if options.regime == "all" and (options.command not in ("run", "table") or narrowed):
         parser.error("--regime all is for run and table, and takes no --tasks, --methods, --unseen or --long")
     options.shown = " ".join(["python -m benchmarks.learning", *(word for word in words if word != "--fresh")])
@@ -118,31 +127,40 @@ def _parts(words: list[str]) -> list[argparse.Namespace]:
     ]
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    plan = QUICK if options.command == "quick" else LONG if options.long else FULL[options.regime]
-    if options.unseen:
-        plan = replace(plan, tasks=UNSEEN)
-    given: dict[str, Any] = {name: getattr(options, name) for name in ("tasks", "methods", *AMOUNTS)}
-    changes: dict[str, Any] = {
-        name: tuple(one) if isinstance(one, list) else one for name, one in given.items() if one is not None
-    }
-    return replace(plan, **changes)
+def _plans(options: argparse.Namespace) -> list[Plan]:
+    """What is asked for: one plan; with --long several, as not all tasks get the same."""
+    if options.long:
+        plans = [
+            replace(plan, tasks=_asked(plan.tasks, options.tasks), methods=_asked(plan.methods, options.methods))
+            for plan in LONG
+        ]
+    else:
+        plan = QUICK if options.command == "quick" else FULL[options.regime]
+        tasks = options.tasks or (UNSEEN if options.unseen else plan.tasks)
+        plans = [replace(plan, tasks=tuple(tasks), methods=tuple(options.methods or plan.methods))]
+    amounts = {name: getattr(options, name) for name in AMOUNTS if getattr(options, name) is not None}
+    return [replace(plan, **amounts) for plan in plans if plan.tasks and plan.methods]
+
+
+def _asked(there: tuple[str, ...], names: list[str] | None) -> tuple[str, ...]:
+    return tuple(name for name in there if names is None or name in names)
 
 
 def _run(options: argparse.Namespace, store: Store, pool: Executor | None) -> None:
-    plan = _plan(options)
+    plans = _plans(options)
     if options.command == "ablate":
-        _ablate(options, plan, store, pool)
+        _ablate(options, plans[0], store, pool)
     elif options.command == "try":
-        for result in protocol.attempt(plan, store, options.settings, pool):
+        for result in protocol.attempt(plans[0], store, options.settings, pool):
             for point in result["points"]:
                 print(result["task"], result["method"], result["seed"], point)
     elif options.command == "tune":
-        protocol.prepare(plan)
-        for task, method in plan.pairs():
-            print(task, method, protocol.settled(plan, task, method, protocol.run_by(store, pool)), flush=True)
+        for plan in plans:
+            protocol.prepare(plan)
+            for task, method in plan.pairs():
+                print(task, method, protocol.settled(plan, task, method, protocol.run_by(store, pool)), flush=True)
     else:
-        _measure(options, plan, store, pool)
+        _measure(options, plans, store, pool)
 
 
 def _ablate(options: argparse.Namespace, plan: Plan, store: Store, pool: Executor | None) -> None:
@@ -153,15 +171,20 @@ def _ablate(options: argparse.Namespace, plan: Plan, store: Store, pool: Executo
     print(text)
 
 
-def _measure(options: argparse.Namespace, plan: Plan, store: Store, pool: Executor | None) -> None:
+def _measure(options: argparse.Namespace, plans: list[Plan], store: Store, pool: Executor | None) -> None:
     """Runs what is missing, of `table` nothing; writes tables and charts of what is there."""
-    quick = options.command == "quick"
-    results = protocol.finished(plan, store) if options.command == "table" else protocol.run(plan, store, pool)
+    plan, quick = plans[0], options.command == "quick"
+    results: Results = {}
+    for part in plans:
+        results |= protocol.finished(part, store) if options.command == "table" else protocol.run(part, store, pool)
     further: list[str] = []
     if plan.regime == "logged":
         further = share_of_online(results, protocol.finished(replace(FULL["online"], tasks=plan.tasks), store))
     elif plan.regime == "online" and not quick:
-        further = with_hindsight(plan, protocol.by_hindsight(plan, results, store))
+        hindsight = [
+            protocol.by_hindsight(part, {t: results[t] for t in part.tasks if t in results}, store) for part in plans
+        ]
+        further = with_hindsight(plan, {task: methods for one in hindsight for task, methods in one.items()})
     text = summary.table(plan, results, options.shown.replace(" table", " run"), further)
     kind = "long-" * options.long + "unseen-" * options.unseen
     write_table("learning-quick" if quick else f"learning-{kind}{plan.regime}", text)

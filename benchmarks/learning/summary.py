@@ -41,8 +41,15 @@ def _settings(result: Result) -> str:
 
 
 def _seeds(plan: Plan, results: Results) -> str:
-    dear = [task for task in results if plan.amount("budget", task) < plan.budget]
-    return f"{plan.seeds} seeds" + (f" ({', '.join(dear)}: a quarter of all amounts)" if dear else "")
+    """How many; of which tasks there are fewer, or less of everything."""
+    fewer, dear = [], []
+    for task, methods in results.items():
+        if (seeds := len(next(iter(methods.values())))) != plan.seeds:
+            fewer.append(f"{task}: {seeds}")
+        if max(each[0]["points"][-1]["at"] for each in methods.values()) < max(plan.budget, plan.reference) / 2:
+            dear.append(task)
+    told = fewer + ([f"{', '.join(dear)}: a quarter of all amounts"] if dear else [])
+    return f"{plan.seeds} seeds" + (f" ({', '.join(told)})" if told else "")
 
 
 def table(plan: Plan, results: Results, command: str, further: Sequence[str] = ()) -> str:

@@ -28,6 +28,9 @@ class Shipped:
         return self.folder
 
 
+DEAR = 4  # `Task.costs` of completions that take long
+
+
 @dataclass(frozen=True)
 class Task:
     """What a method is given.
@@ -188,7 +191,7 @@ TASKS = {
             Shipped(DATA / "tiny_lm"),
             lambda: _reward_model(DATA / "tiny_reward_model"),
             _reviews,
-            costs=4,
+            costs=DEAR,
             predictable=True,
             graded=True,
         ),
@@ -222,7 +225,7 @@ TASKS = {
             letters.LETTERS_BASE,
             lambda: _reward_model(letters.LETTERS_JUDGE()),
             _letters,
-            costs=4,
+            costs=DEAR,
             predictable=True,
             graded=True,
         ),
@@ -257,7 +260,7 @@ TASKS = {
             Shipped(DATA / "tiny_lm"),
             lambda: unseen.near_length,
             _reviews,
-            costs=4,
+            costs=DEAR,
             predictable=True,
             counted=True,
         ),
