@@ -285,6 +285,11 @@ class PrefixReplay:
         for start in range(0, len(latest), rows):
             yield self.batch(latest[start : start + rows])
 
+    def nats(self, count: int) -> np.ndarray:
+        """(k,) -log pi of the `count` completions added last, or of fewer, by the policy that wrote them."""
+        latest = np.arange(max(self.added - count, self.added - len(self)), self.added) % self.capacity
+        return -self.batch(latest).behaviour_logprobs.sum(1).numpy() if len(latest) else np.zeros(0, np.float32)
+
     def _final_discounts(self, ended: np.ndarray) -> np.ndarray:
         """0 where nothing follows the last action: the one place where truncation and termination are told apart."""
         goes_on = (ended == ENDED.index("length")) & (self.truncated == "bootstrap")

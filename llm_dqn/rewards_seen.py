@@ -1,7 +1,5 @@
 """What the first rewards tell a trainer: where values start, in which unit it learns, what kind they are."""
 
-import numpy as np
-
 from llm_dqn.recipe import DQNConfig
 from llm_dqn.reward_kinds import FEW_NATS, RewardKinds
 from llm_dqn.reward_scale import reward_scale
@@ -50,7 +48,7 @@ class RewardsSeen(Checkpointed):
             self.logbook.say(f"rewards are {what}: only the best completions are imitated (replay.imitated_share)")
 
     def nats_of_a_completion(self) -> float:
-        """Mean -log pi of the stored completions, newest first, by the policy that wrote them; over all processes."""
-        batch = self.replay.batch(np.arange(len(self.replay))[-LOOKED_AT:])
-        nats, count = self.parts.totals(-batch.behaviour_logprobs.sum(), len(batch.slots))
-        return float(nats / count)
+        """Mean -log pi of the newest completions by the policy that wrote them, over all processes."""
+        nats = self.replay.nats(LOOKED_AT)
+        total, count = self.parts.totals(float(nats.sum()), len(nats))
+        return float(total / count)

@@ -44,6 +44,14 @@ def test_the_oldest_episode_makes_room():
     assert replay.rewards.tolist() == [3.0, 2.0]  # the slot of the oldest is taken
 
 
+def test_the_nats_of_what_came_last_are_told_by_its_writer():
+    assert PrefixReplay(4).nats(64).tolist() == []
+    replay = PrefixReplay(3)
+    for length in (1, 2, 3, 4):
+        replay.add([episode([5], [7] * length, behaviour_logprobs=torch.full((length,), -0.5))])
+    assert replay.nats(64).tolist() == [1.0, 1.5, 2.0] and replay.nats(2).tolist() == [1.5, 2.0]
+
+
 @pytest.mark.parametrize("reward", [float("nan"), float("inf")])
 def test_nothing_that_is_not_finite_enters(reward):
     with pytest.raises(ValueError, match="finite"):
