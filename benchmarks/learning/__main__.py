@@ -63,7 +63,7 @@ GRADED = {"reviews": ("ours", "grpo", "best_of_n"), "letters": ("ours", "rloo")}
 LONG = (
     Plan("online", FAR, ("ours", "grpo", "filtered", "reinforce"), 2, 12, 512, budget=2048, reference=16384),
     *(
-        Plan("online", (task,), methods, 1, 12, 512, budget=1024 * DEAR, reference=16384 * DEAR)
+        Plan("online", (task,), methods, 1, 12, 512, budget=2048 * DEAR, reference=16384 * DEAR)
         for task, methods in GRADED.items()
     ),
 )
