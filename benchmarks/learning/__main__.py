@@ -61,7 +61,7 @@ LONG = (
 
 def in_six_hours(plan: Plan) -> Plan:
     """What of it the whole benchmark runs, which is to take six hours on two cores; the rest is asked for by name."""
-    dear = {"grpo_predicted"} | ({"grpo"} if plan.tasks == LONG[1].tasks else set())
+    dear = {"grpo_predicted"} | set({LONG[0].tasks: ("reinforce",), LONG[1].tasks: ("grpo",)}.get(plan.tasks, ()))
     return replace(plan, methods=tuple(method for method in plan.methods if method not in dear))
 
 
