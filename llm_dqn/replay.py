@@ -280,15 +280,19 @@ class PrefixReplay:
 
     def newest(self, count: int, rows: int) -> Iterator[PrefixBatch]:
         """Those of the `count` episodes added last that are by the newest policy, `rows` at a time."""
-        latest = np.arange(max(self.added - count, self.added - len(self)), self.added) % self.capacity
+        latest = self._latest(count)
         latest = latest[self.versions[latest] == self.versions[latest[-1]]]
         for start in range(0, len(latest), rows):
             yield self.batch(latest[start : start + rows])
 
     def nats(self, count: int) -> np.ndarray:
         """(k,) -log pi of the `count` completions added last, or of fewer, by the policy that wrote them."""
-        latest = np.arange(max(self.added - count, self.added - len(self)), self.added) % self.capacity
+        latest = self._latest(count)
         return -self.batch(latest).behaviour_logprobs.sum(1).numpy() if len(latest) else np.zeros(0, np.float32)
+
+    def _latest(self, count: int) -> np.ndarray:
+        """(k,) slots of the `count` episodes added last, or of fewer, the oldest first."""
+        return np.arange(max(self.added - count, self.added - len(self)), self.added) % self.capacity
 
     def _final_discounts(self, ended: np.ndarray) -> np.ndarray:
         """0 where nothing follows the last action: the one place where truncation and termination are told apart."""

@@ -91,7 +91,8 @@ def main() -> None:
             _run(part, store, pool)
 
 
-def _options(words: list[str]) -> argparse.Namespace:
+def _options(words: list[str], whole: bool = False) -> argparse.Namespace:
+    """whole: a part of `--regime all`, which leaves out what is asked for by name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["quick", "run", "tune", "table", "ablate", "try", "bases", "hours"])
     parser.add_argument(
@@ -114,7 +115,7 @@ def _options(words: list[str]) -> argparse.Namespace:
         parser.error("--long is of the tasks that the design was chosen on")
     if options.regime == "all" and (options.command not in ("run", "table") or narrowed):
         parser.error("--regime all is for run and table, and takes no --tasks, --methods, --unseen or --long")
-    options.whole = False
+    options.whole = whole
     options.shown = " ".join(["python -m benchmarks.learning", *(word for word in words if word != "--fresh")])
     return options
 
@@ -126,13 +127,13 @@ def _parts(words: list[str]) -> list[argparse.Namespace]:
         return [options]
     parts: list[tuple[str, list[str]]] = [(regime, []) for regime in WHOLE]
     parts.insert(1, ("online", ["--long"]))
-    each = [
-        _options([word.replace("all", regime) if word in ("all", "--regime=all") else word for word in words] + more)
+    return [
+        _options(
+            [word.replace("all", regime) if word in ("all", "--regime=all") else word for word in words] + more,
+            whole=True,
+        )
         for regime, more in parts
     ]
-    for one in each:
-        one.whole = True
-    return each
 
 
 def _plans(options: argparse.Namespace) -> list[Plan]:
